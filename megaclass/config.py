@@ -1,0 +1,343 @@
+"""Every option of a run, as frozen models, and the one way to read them.
+
+Plain data: this file imports nothing heavy, so that a wrong option is reported in well under two seconds. A
+configuration is a YAML file plus `--section.key value` overrides; both are merged into one dictionary and validated
+once, so that every mistake is reported at once. The resolved configuration is written beside the run and can be given
+back unchanged. There is no inheritance between files and no option in the environment.
+
+Combinations that depend on the data set or on the number of ranks are checked by `train.run` before anything is
+loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megaclass.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A frozen group of options; unknown keys are errors, and numbers must be finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Augment(Section):
+    """Random changes of a training image; each is drawn from (seed, epoch, sample id) and nothing else."""
+
+    flip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
+    shift: float = Field(0.0, ge=0, le=0.5, description="largest shift, as a share of the image side")
+    scale: float = Field(0.0, ge=0, lt=1, description="largest relative change of size, up or down")
+    rotation: float = Field(0.0, ge=0, le=180, description="largest rotation, degrees, either way")
+    shear: float = Field(0.0, ge=0, le=60, description="largest shear, degrees, either way")
+    erase: float = Field(0.0, ge=0, le=1, description="probability of erasing one random rectangle")
+
+
+class Synthetic(Section):
+    """The made-up data set of `dataset.reader: synthetic`: one random pattern per class plus noise."""
+
+    num_classes: int = Field(1000, ge=1, description="classes")
+    samples_per_class: int = Field(8, ge=1, description="samples of each class")
+    noise: float = Field(0.5, ge=0, description="standard deviation of the noise; the patterns have 1")
+
+
+class Dataset(Section):
+    """Where the training samples come from."""
+
+    path: Path | None = Field(None, description="folder with a dataset.json (not for the synthetic reader)")
+    split: str = Field("train", description="split of that data set to train on")
+    reader: Literal["indexed", "stream", "synthetic"] = Field(
+        "indexed", description="indexed: exact order and position; stream: shard by shard through webdataset"
+    )
+    image_size: int = Field(32, ge=8, le=1024, description="images are resized to this many pixels a side")
+    channels: Literal[1, 3] = Field(3, description="1: grey, 3: red, green, blue")
+    workers: int = Field(0, ge=0, le=256, description="decoding processes per rank; 0 decodes in the trainer's process")
+    on_bad_sample: Literal["stop", "skip"] = Field("stop", description="what an unreadable sample does")
+    bad_sample_budget: float = Field(0.001, ge=0, le=1, description="largest share of skipped samples before stopping")
+    augment: Augment = Augment()
+    synthetic: Synthetic = Synthetic()
+
+
+class Backbone(Section):
+    """The replicated network that makes embeddings."""
+
+    name: str = Field("tiny", description="tiny, iresnet18/34/50/100/200, vit-tiny/small/base or mobilefacenet")
+    dim: int = Field(128, ge=2, le=8192, description="width of the embedding")
+    width: float = Field(1.0, gt=0, le=8, description="multiplier of the channel counts (tiny only)")
+    batch_norm: Literal["local", "sync"] = Field("sync", description="batch statistics of one rank or of all")
+
+
+class Classifier(Section):
+    """The sharded class weights and their loss."""
+
+    preset: str = Field("d-softmax", description="name of the loss: see `megaclass.objectives.presets`")
+    scale: float | None = Field(None, gt=0, le=80, description="multiplier of the cosines; default by preset")
+    margin: float | None = Field(None, ge=0, description="cosface: in cosine, arcface: in radians; default by preset")
+    end_point: float | None = Field(
+        None, gt=-1, le=2, description="cosine at which the intra term of a dissected loss lets go; default 0.9"
+    )
+    sampling_rate: float | None = Field(None, gt=0, le=1, description="share of classes (or of the batch) drawn")
+    batch_positives: bool | None = Field(
+        None, description="d-softmax-k: also use the batch's own classes as negatives (default off)"
+    )
+    kernel: Literal["auto", "reference", "chunked"] = Field("auto", description="implementation of the class layer")
+    row_dtype: Literal["float32"] = Field("float32", description="type of the stored class rows")
+
+
+class Optim(Section):
+    """Optimizers and the schedule of the learning rate."""
+
+    name: Literal["sgd", "adamw"] = Field("sgd", description="optimizer of the backbone")
+    class_name: Literal["sgd", "adamw"] = Field("sgd", description="row-sparse optimizer of the class weights")
+    lr: float = Field(0.1, gt=0, description="learning rate at the reference batch size")
+    class_lr: float | None = Field(None, gt=0, description="learning rate of the class weights; default: lr")
+    reference_batch_size: int | None = Field(
+        None, ge=1, description="if set, learning rates are multiplied by global batch size / this"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd")
+    weight_decay: float = Field(5e-4, ge=0, description="of backbone matrices; never of norms, biases or class rows")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of adamw")
+    clip_norm: float | None = Field(5.0, gt=0, description="largest joint gradient norm of backbone and class rows")
+    schedule: Literal["constant", "cosine", "polynomial", "step"] = Field("cosine", description="after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises linearly")
+    final_fraction: float = Field(0.0, ge=0, le=1, description="cosine, polynomial: rate at the end, as a share")
+    power: float = Field(2.0, gt=0, description="polynomial: exponent")
+    milestones: tuple[float, ...] = Field((0.5, 0.75, 0.9), description="step: shares of the run where the rate drops")
+    gamma: float = Field(0.1, gt=0, le=1, description="step: factor of each drop")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the backbone, used to evaluate")
+
+
+class Train(Section):
+    """Length, batch and precision of the run."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps; give this or epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; give this or steps")
+    global_batch_size: int = Field(256, ge=1, description="samples per step over all ranks and accumulation steps")
+    accumulation_steps: int = Field(1, ge=1, description="micro-batches per step")
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
+    strategy: Literal["auto", "ddp"] = Field("auto", description="how the backbone is replicated")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    precision: Literal["float32", "bfloat16", "float64"] = Field(
+        "float32", description="bfloat16: autocast of the backbone; float64: for comparisons"
+    )
+    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints; the last step always has one")
+    keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints kept, beside the best one")
+    non_finite_limit: int = Field(10, ge=1, description="skipped steps in a row that end the run (exit code 5)")
+
+
+class Evaluate(Section):
+    """Evaluation on classes never trained on, during and after training."""
+
+    path: Path | None = Field(None, description="data set folder; default: dataset.path")
+    split: str = Field("unseen", description="its split")
+    every: int | None = Field(None, ge=1, description="steps between evaluations; default: only at the end")
+    protocols: tuple[Literal["verification", "identification", "retrieval", "one-shot"], ...] = Field(
+        ("verification", "identification", "retrieval"), description="what is computed"
+    )
+    batch_size: int = Field(256, ge=1, description="images embedded at a time on each rank")
+    gallery_source: str | None = Field(None, description="identification: source (typeface, ...) that is the gallery")
+    best_metric: str = Field("retrieval.recall_at_1", description="the checkpoint that is best in this one is kept")
+    baselines: bool = Field(False, description="at the end also judge raw pixels and the untrained backbone")
+
+
+class Observe(Section):
+    """What a run shows while it runs."""
+
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="first Prometheus port; rank r listens on port + local rank; 0 takes a free one",
+    )
+    metrics_host: str = Field("127.0.0.1", description="address the metrics are served on")
+
+
+class Run(Section):
+    """The run directory and what is written there."""
+
+    dir: Path = Field(Path("runs/default"), description="run directory; training again with it continues the run")
+    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl and the progress line")
+    log_sample_ids: bool = Field(False, description="write the ids of every batch to samples/")
+    hang_seconds: float = Field(
+        300.0, gt=0, description="a step or a collective that takes longer ends the run (exit 6)"
+    )
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    dataset: Dataset = Dataset()
+    backbone: Backbone = Backbone()
+    classifier: Classifier = Classifier()
+    optim: Optim = Optim()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    observe: Observe = Observe()
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        """All impossible combinations that need no data set and no rank count, reported together."""
+        faults = []
+        train = self.train
+        if (train.steps is None) == (train.epochs is None):
+            faults.append("train: give exactly one of train.steps and train.epochs")
+        if self.dataset.reader != "synthetic" and self.dataset.path is None:
+            faults.append(
+                "dataset.path is required; make a data set with `megaclass data glyphs --out data/glyphs` and give "
+                "dataset.path: data/glyphs"
+            )
+        if train.global_batch_size % train.accumulation_steps:
+            faults.append(
+                f"train.global_batch_size {train.global_batch_size} does not divide by train.accumulation_steps "
+                f"{train.accumulation_steps}; choose a multiple"
+            )
+        if train.steps is not None and self.optim.warmup_steps >= train.steps:
+            faults.append(
+                f"optim.warmup_steps {self.optim.warmup_steps} leaves nothing of train.steps {train.steps}; lower it"
+            )
+        if any(not 0 < share < 1 for share in self.optim.milestones):
+            faults.append(
+                f"optim.milestones {self.optim.milestones}: each must lie between 0 and 1 (shares of the run)"
+            )
+        if any(not 0 <= beta < 1 for beta in self.optim.betas):
+            faults.append(f"optim.betas {self.optim.betas}: each must lie in [0, 1)")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML that `load` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `--section.key value` overrides, validate everything at once.
+
+    Raises:
+        ConfigError: the file cannot be read, or with one line for every mistake in it and in the overrides.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"configuration file {path} does not exist; the ones that come along are in configs/"
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"configuration file {path} cannot be read: {' '.join(str(error).split())}") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"configuration file {path} must hold sections like `train:`, not a {type(content).__name__}")
+    faults = _apply(content, overrides)
+    return validate(content, faults)
+
+
+def validate(content: dict[str, Any], faults: Sequence[str] = ()) -> Config:
+    """The configuration held by a nested dictionary; `faults` are mistakes found before.
+
+    Raises:
+        ConfigError: with one line for every mistake.
+    """
+    lines = list(faults)
+    try:
+        config = Config.model_validate(content)
+    except ValidationError as error:
+        for item in error.errors():
+            lines.extend(_describe(item))
+    if lines:
+        raise ConfigError("\n".join(lines))
+    return config
+
+
+def option_table() -> list[tuple[str, str, str]]:
+    """Every option as (name, default, description), in the order of the models: for `--help` and the docs."""
+    rows = []
+
+    def walk(model: type[BaseModel], prefix: str) -> None:
+        for name, field in model.model_fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                walk(kind, f"{prefix}{name}.")
+            else:
+                default = "none" if field.default is None else str(field.default)
+                rows.append((prefix + name, default, field.description or ""))
+
+    walk(Config, "")
+    return rows
+
+
+def _apply(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Write overrides into `content`; what cannot be understood comes back as lines."""
+    faults = []
+    tokens = list(overrides)
+    while tokens:
+        token = tokens.pop(0)
+        if not token.startswith("--") or "." not in token.split("=", 1)[0]:
+            faults.append(f"argument {token!r} is not understood; options are given as --section.key value")
+            continue
+        name, equals, value = token[2:].partition("=")
+        if not equals:
+            if not tokens or tokens[0].startswith("--"):
+                faults.append(f"--{name} has no value; give it as --{name} VALUE")
+                continue
+            value = tokens.pop(0)
+        keys = name.replace("-", "_").split(".")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = value
+        node = content
+        for key in keys[:-1]:
+            if not isinstance(node.get(key), dict):
+                node[key] = {}
+            node = node[key]
+        node[keys[-1]] = parsed
+    return faults
+
+
+def _describe(item: Any) -> list[str]:
+    """One pydantic error as lines of ours: key, value, what is allowed, and the nearest name for a misspelt one."""
+    location = [str(part) for part in item["loc"]]
+    name = ".".join(location)
+    kind, value = item["type"], item.get("input")
+    if kind == "extra_forbidden":
+        return [f"unknown option {name}{_suggest(location)}"]
+    if kind == "value_error" and not location:
+        return str(item["ctx"]["error"]).split("\n")
+    if kind in ("model_type", "model_attributes_type"):
+        return [f"{name}: must be a section with options of its own, not {value!r}"]
+    allowed = item["msg"]
+    if kind == "literal_error":
+        allowed = f"allowed are {item['ctx']['expected']}"
+        if isinstance(value, str):
+            choices = [part.strip().strip("'") for part in item["ctx"]["expected"].replace(" or ", ",").split(",")]
+            near = difflib.get_close_matches(value, choices, 1)
+            allowed += f"; did you mean {near[0]!r}?" if near else ""
+    elif kind == "float_parsing" or kind == "int_parsing":
+        allowed = f"must be a number ({allowed})"
+    shown = repr(value) if not isinstance(value, float) or math.isfinite(value) else str(value)
+    return [f"{name}: {shown[:80]} is not allowed: {allowed}"]
+
+
+def _suggest(location: list[str]) -> str:
+    """A "did you mean" for an unknown key: among its siblings, else among all options."""
+    model: type[BaseModel] = Config
+    for part in location[:-1]:
+        kind = model.model_fields[part].annotation if part in model.model_fields else None
+        candidates = [kind, *get_args(kind)]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    siblings = list(model.model_fields)
+    near = difflib.get_close_matches(location[-1], siblings, 1)
+    if near:
+        return f"; did you mean {'.'.join([*location[:-1], near[0]])}?"
+    every = {row[0].rsplit(".", 1)[-1]: row[0] for row in option_table()}
+    near = difflib.get_close_matches(location[-1], list(every), 1)
+    return f"; did you mean {every[near[0]]}?" if near else f"; allowed here are {', '.join(siblings)}"

@@ -1,0 +1,71 @@
+"""What a reader yields: `Batch`, and the `Reader` protocol every source of batches follows.
+
+Separate from the readers because the training loop and the evaluation know only these two names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SkippedSample:
+    """One sample that could not be used and was replaced: its id in the split, and a reason from a small fixed set."""
+
+    sample_id: int
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch.
+
+    Attributes:
+        images: [batch, channels, height, width] float32 in [-1, 1].
+        labels: [batch] int64 global class ids.
+        ids: [batch] int64 sample ids: positions in the split's manifest order, independent of ranks.
+        position: samples consumed after this batch, over all ranks; a reader that seeks to it continues with the
+            next batch.
+        skipped: samples of this rank's part that were replaced by others under the `skip` policy.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    position: int
+    skipped: tuple[SkippedSample, ...] = ()
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`, copied asynchronously from pinned memory where possible."""
+        move = {name: getattr(self, name).to(device, non_blocking=True) for name in ("images", "labels")}
+        return Batch(**move, ids=self.ids, position=self.position, skipped=self.skipped)
+
+
+class Reader(Protocol):
+    """An endless source of full batches for one rank.
+
+    Attributes:
+        num_classes: labels are in [0, num_classes).
+        num_samples: samples in one epoch, over all ranks.
+    """
+
+    num_classes: int
+    num_samples: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Endless; every batch is full; starts at the position last given to `seek` (0 at first)."""
+        ...
+
+    def seek(self, position: int) -> None:
+        """Continue after `position` samples of the one global sequence, counted over all ranks."""
+        ...
+
+    def close(self) -> None:
+        """End worker processes and release open files."""
+        ...

@@ -1,0 +1,188 @@
+"""`dataset.json`: what a data set holds, and the per-shard index of its samples.
+
+A data set is a folder:
+
+    dataset.json                      this manifest
+    train-000000.tar, ...             tar shards; each sample is `KEY.png|jpg` followed by `KEY.label`
+    train-000000.index.npy, ...       one record per sample of that shard (`INDEX_DTYPE`), in the shard's order
+    train.classes.json                class names, and optionally the group (super-class) of each class
+
+`KEY.label` is the class id as eight bytes, little-endian int64: of fixed width, so that DALI reads the same files. A
+*split* is a set of shards with classes of its own, labelled from 0: `train` is trained on, `unseen` holds classes that
+are never trained on. A sample's id is its position in the split: shards in manifest order, records in index order.
+
+The manifest is plain JSON and the index a plain `.npy` without pickled objects: both are read as untrusted files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megaclass.errors import DataError
+
+FORMAT = 1
+MANIFEST_NAME = "dataset.json"
+
+# offset/length: the byte range in the tar that holds all members of the sample, headers included.
+# source: who or what made the sample (typeface, drawer, camera): an index into the split's `sources`, -1 if unknown.
+INDEX_DTYPE = np.dtype([("offset", "<i8"), ("length", "<i4"), ("source", "<i4"), ("label", "<i8")])
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShardInfo(_Model):
+    """One tar shard: its file, its index file, how many samples and bytes, and the SHA-256 of each file."""
+
+    file: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    index: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    num_samples: int = Field(ge=0)
+    num_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    index_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class SplitInfo(_Model):
+    """One split: class and sample counts, its shards, and the names of its sources."""
+
+    num_classes: int = Field(ge=0)
+    num_samples: int = Field(ge=0)
+    classes: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    classes_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sources: list[str] = []
+    shards: list[ShardInfo]
+
+
+class Manifest(_Model):
+    """The content of `dataset.json`."""
+
+    format: int
+    name: str
+    description: str = ""
+    image_mode: str = Field(pattern=r"^(L|RGB)$")
+    splits: dict[str, SplitInfo]
+
+
+class ClassNames(_Model):
+    """The content of `SPLIT.classes.json`: one name per class, and one group per class or none at all."""
+
+    names: list[str]
+    groups: list[str] | None = None
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check `dataset.json` of the data set in `folder`.
+
+    Raises:
+        DataError: the folder or manifest is missing, is not valid, or is of a format this version does not read.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    if not Path(folder).is_dir():
+        raise DataError(
+            f"data set folder {folder} does not exist; make one with `megaclass data glyphs --out {folder}` "
+            f"or `megaclass data images ROOT --out {folder}`"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} is missing: {folder} is not a finished data set; make it with `megaclass data ... --out {folder}`"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}; make the data set again") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"{path} has format {found!r}; this version reads format {FORMAT}; make the data set again")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(
+            f"{path} is not a valid manifest: {where}: {first['msg']} (value {first.get('input')!r:.80}); "
+            "make the data set again"
+        ) from None
+
+
+def load_split(folder: Path, manifest: Manifest, split: str) -> SplitInfo:
+    """The entry of one split, or a `DataError` that lists the splits there are."""
+    if split not in manifest.splits:
+        raise DataError(f"data set {folder} has no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
+    return manifest.splits[split]
+
+
+def load_index(folder: Path, split_name: str, split: SplitInfo) -> tuple[np.ndarray, np.ndarray]:
+    """All index records of a split, with the number of the shard each lies in.
+
+    Returns:
+        records: [num_samples] of `INDEX_DTYPE`; shard_numbers: [num_samples] int32.
+
+    Raises:
+        DataError: an index file is missing or malformed, disagrees with the manifest in its count, or holds a label
+            outside [0, num_classes) or a source outside [-1, len(sources)).
+    """
+    parts, numbers = [], []
+    for number, shard in enumerate(split.shards):
+        path = Path(folder) / shard.index
+        try:
+            records = np.load(path, allow_pickle=False)
+        except FileNotFoundError:
+            raise DataError(f"index file {path} is missing; make the data set again") from None
+        except (OSError, ValueError, EOFError, SyntaxError) as error:
+            raise DataError(f"index file {path} cannot be read: {error}; make the data set again") from None
+        if records.dtype != INDEX_DTYPE or records.ndim != 1:
+            raise DataError(f"index file {path} has records of type {records.dtype}; expected {INDEX_DTYPE}")
+        if len(records) != shard.num_samples:
+            raise DataError(
+                f"index file {path} lists {len(records)} samples but dataset.json says {shard.num_samples}; "
+                f"run `megaclass data verify {folder}`"
+            )
+        _check_records(path, records, split, shard)
+        parts.append(records)
+        numbers.append(np.full(len(records), number, dtype=np.int32))
+    records = np.concatenate(parts) if parts else np.empty(0, INDEX_DTYPE)
+    if len(records) != split.num_samples:
+        raise DataError(
+            f"split {split_name!r} of {folder} has {len(records)} samples in its shards but dataset.json says "
+            f"{split.num_samples}; run `megaclass data verify {folder}`"
+        )
+    return records, np.concatenate(numbers) if numbers else np.empty(0, np.int32)
+
+
+def _check_records(path: Path, records: np.ndarray, split: SplitInfo, shard: ShardInfo) -> None:
+    bad = np.flatnonzero((records["label"] < 0) | (records["label"] >= split.num_classes))
+    if len(bad):
+        raise DataError(
+            f"{path}: sample {bad[0]} has label {records['label'][bad[0]]}, allowed is [0, {split.num_classes}); "
+            f"{len(bad)} such labels in this shard; fix the labels and make the data set again"
+        )
+    ends = records["offset"] + records["length"]
+    bad = np.flatnonzero((records["offset"] < 0) | (records["length"] <= 0) | (ends > shard.num_bytes))
+    if len(bad):
+        raise DataError(
+            f"{path}: sample {bad[0]} lies at bytes {records['offset'][bad[0]]} to {ends[bad[0]]}, outside "
+            f"{shard.file} of {shard.num_bytes} bytes; make the data set again"
+        )
+    bad = np.flatnonzero((records["source"] < -1) | (records["source"] >= len(split.sources)))
+    if len(bad):
+        raise DataError(f"{path}: sample {bad[0]} has source {records['source'][bad[0]]}, not among {split.sources}")
+
+
+def load_class_names(folder: Path, split: SplitInfo) -> ClassNames:
+    """Class names and groups of a split, checked against its class count."""
+    path = Path(folder) / split.classes
+    try:
+        names = ClassNames.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"class names file {path} is missing; make the data set again") from None
+    except (OSError, ValidationError) as error:
+        raise DataError(f"class names file {path} cannot be read: {str(error).splitlines()[0]}") from None
+    for what, values in (("names", names.names), ("groups", names.groups)):
+        if values is not None and len(values) != split.num_classes:
+            raise DataError(f"{path} has {len(values)} {what} for {split.num_classes} classes; make the data set again")
+    return names
