@@ -29,25 +29,21 @@ class RowGradient:
 def merge(gradients: Sequence[RowGradient]) -> RowGradient:
     """The sum of several row gradients of one matrix: rows unique and sorted, values added where rows meet.
 
+    A gradient of all rows is summed into in place, as nothing else of its size should exist; the arguments are used up.
     Cost: one sort of the rows and one copy of the values; one gradient alone is returned as it is.
     """
     assert gradients, "nothing to merge"
     if len(gradients) == 1:
         return gradients[0]
     full = [gradient.values for gradient in gradients if gradient.rows is None]
+    partial = [(gradient.rows, gradient.values) for gradient in gradients if gradient.rows is not None]
     if full:
-        total = full[0].clone()
+        total = full[0]
         for values in full[1:]:
             total += values
-        for gradient in gradients:
-            if gradient.rows is not None:
-                total.index_add_(0, gradient.rows, gradient.values)
+        for rows, values in partial:
+            total.index_add_(0, rows, values)
         return RowGradient(None, total)
-    rows, position = torch.unique(
-        torch.cat([gradient.rows for gradient in gradients if gradient.rows is not None]), return_inverse=True
-    )
-    values = torch.cat([gradient.values for gradient in gradients])
-    return RowGradient(
-        rows,
-        torch.zeros(len(rows), values.shape[1], dtype=values.dtype).to(values.device).index_add_(0, position, values),
-    )
+    rows, position = torch.unique(torch.cat([rows for rows, _ in partial]), return_inverse=True)
+    values = torch.cat([values for _, values in partial])
+    return RowGradient(rows, values.new_zeros(len(rows), values.shape[1]).index_add_(0, position, values))

@@ -1,1 +1,1 @@
-"""What happens between ranks: who owns which class (`shard`), what is sent (`collectives`), who takes part (`process`)."""
+"""Between ranks: who owns which class (`shard`), what is sent (`collectives`), who takes part (`process`)."""

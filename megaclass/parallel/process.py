@@ -15,6 +15,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from megaclass.errors import ConfigError, PeerError
 
@@ -32,7 +33,7 @@ class World:
     local_rank: int
     device: torch.device
     group: dist.ProcessGroup | None
-    store: dist.Store | None
+    store: c10d.Store | None
 
     @property
     def is_main(self) -> bool:
@@ -99,8 +100,8 @@ def world(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Worl
         device_id=chosen if chosen.type == "cuda" else None,
     )
     try:
-        store = dist.distributed_c10d._get_default_store()
-        yield World(rank, size, local_rank, chosen, dist.group.WORLD, dist.PrefixStore("megaclass", store))
+        store = c10d._get_default_store()
+        yield World(rank, size, local_rank, chosen, dist.group.WORLD, c10d.PrefixStore("megaclass", store))
         dist.barrier()
     finally:
         dist.destroy_process_group()
