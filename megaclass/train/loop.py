@@ -1,0 +1,199 @@
+"""The training step and the loop around it.
+
+One step: micro-batches forward and backward, one joint gradient norm, one decision for both optimizers, both steps or
+neither. The loop adds what happens between steps: stopping, logging, evaluating, saving. Everything it works with is
+made by `run.py` and handed over as one `Training`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megaclass.classifier import ClassifierOutput, ShardedClassifier
+from megaclass.config import Config
+from megaclass.data.batch import Batch, Reader
+from megaclass.kernels.row_gradient import RowGradient
+from megaclass.optim.clip import clip_coefficient, joint_norm
+from megaclass.optim.ema import MovingAverage
+from megaclass.optim.rowwise import RowOptimizer
+from megaclass.optim.schedule import base_rates, learning_rate_factor
+from megaclass.parallel.process import World
+from megaclass.train.strategy import Strategy
+
+
+@dataclass
+class Training:
+    """The parts of one run that a step works with, and how far it has come.
+
+    Attributes:
+        num_steps: steps of the whole run.
+        step: steps taken, over all attempts.
+        position: samples consumed, over all ranks.
+    """
+
+    config: Config
+    world: World
+    reader: Reader
+    strategy: Strategy
+    classifier: ShardedClassifier
+    row_optimizer: RowOptimizer
+    average: MovingAverage | None
+    num_steps: int
+    step: int = 0
+    position: int = 0
+
+    @property
+    def epoch(self) -> int:
+        """The pass over the data that the last consumed sample belongs to, from 0."""
+        return max(self.position - 1, 0) // self.reader.num_samples
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step yields; tensors stay on the device.
+
+    Attributes:
+        output: loss and its parts, mean over the micro-batches.
+        grad_norm: joint norm before clipping.
+        is_taken: False if the norm was not finite and nothing moved, on any rank.
+        learning_rates: of `backbone` and `classes` in this step.
+        batches: this rank's micro-batches, without their images.
+        data_wait_seconds, step_seconds: the wait for data and the whole step.
+    """
+
+    output: ClassifierOutput
+    grad_norm: Tensor
+    is_taken: bool
+    learning_rates: dict[str, float]
+    batches: list[Batch]
+    data_wait_seconds: float
+    step_seconds: float
+
+    @property
+    def ids(self) -> list[int]:
+        """Ids of this rank's samples, in the order they were used."""
+        return [int(sample) for batch in self.batches for sample in batch.ids]
+
+
+@dataclass
+class Hooks:
+    """What `fit` calls between steps; `run.py` binds each to the file that does it.
+
+    Attributes:
+        should_stop: steps taken -> whether all ranks stop now.
+        before_update: called with the ids of the micro-batches before anything moves.
+        after_step: called with every step's result.
+    """
+
+    should_stop: Callable[[int], bool]
+    before_update: Callable[[list[Batch]], None]
+    after_step: Callable[[StepResult], None]
+    between: list[Callable[[], None]] = field(default_factory=list)
+
+
+def fit(training: Training, hooks: Hooks) -> bool:
+    """Train until the last step; True if it was reached, False if all ranks agreed to stop before."""
+    batches = iter(training.reader)
+    while training.step < training.num_steps:
+        if hooks.should_stop(training.step):
+            return False
+        result = train_step(training, batches, hooks.before_update)
+        training.step += 1
+        training.position = result.batches[-1].position
+        hooks.after_step(result)
+        for call in hooks.between:
+            call()
+    return True
+
+
+def train_step(
+    training: Training, batches: Iterator[Batch], before_update: Callable[[list[Batch]], None]
+) -> StepResult:
+    """One optimizer step over `accumulation_steps` micro-batches.
+
+    Each micro-batch is its own forward pass and its own draw; losses are divided by their number, so that the step is
+    that of the mean over the global batch.
+    """
+    start = time.monotonic()
+    num_micro = training.config.train.accumulation_steps
+    strategy, classifier = training.strategy, training.classifier
+    data_wait_seconds = 0.0
+    used: list[Batch] = []
+    outputs: list[ClassifierOutput] = []
+    for micro in range(num_micro):
+        before = time.monotonic()
+        batch = next(batches)
+        data_wait_seconds += time.monotonic() - before
+        on_device = batch.to(training.world.device)
+        with strategy.accumulate(is_last=micro == num_micro - 1):
+            with precision(training.config, training.world.device):
+                embeddings = strategy.model(on_device.images.to(_image_dtype(training.config)))
+            output = classifier(embeddings, on_device.labels, draw_id=training.step * num_micro + micro)
+            strategy.backward(output.loss / num_micro)
+        outputs.append(output)
+        used.append(Batch(batch.images[:0], batch.labels, batch.ids, batch.position, batch.skipped))
+    before_update(used)
+    norm, is_taken, rates = _update(training)
+    return StepResult(
+        output=_mean(outputs),
+        grad_norm=norm,
+        is_taken=is_taken,
+        learning_rates=rates,
+        batches=used,
+        data_wait_seconds=data_wait_seconds,
+        step_seconds=time.monotonic() - start,
+    )
+
+
+def _update(training: Training) -> tuple[Tensor, bool, dict[str, float]]:
+    """Clip jointly and step both optimizers, or neither where the norm is not finite.
+
+    The norm is the same number on every rank: backbone gradients are replicated, and the class rows' part is summed
+    over shards. So every rank takes the same decision without asking. Reading it is the one wait for the device in a
+    step; it also keeps the hosts of all ranks within one step of each other, which agreeing on a stop relies on.
+    """
+    config, strategy, classifier = training.config, training.strategy, training.classifier
+    gradient = classifier.take_row_gradient()
+    assert gradient is not None
+    norm = joint_norm(strategy.gradients(), gradient.values, training.world.group)
+    factor = learning_rate_factor(config.optim, training.step, training.num_steps)
+    backbone_rate, class_rate = base_rates(config.optim, config.train.global_batch_size)
+    rates = {"backbone": backbone_rate * factor, "classes": class_rate * factor}
+    if not bool(torch.isfinite(norm)):
+        strategy.skip()
+        return norm, False, rates
+    limit = config.optim.clip_norm
+    coefficient = torch.ones_like(norm) if limit is None else clip_coefficient(norm, limit)
+    strategy.step(rates["backbone"], coefficient)
+    values = gradient.values.mul_(coefficient.to(gradient.values.dtype))
+    training.row_optimizer.step(RowGradient(gradient.rows, values), rates["classes"])
+    if training.average is not None:
+        training.average.update()
+    return norm, True, rates
+
+
+def precision(config: Config, device: torch.device) -> AbstractContextManager[None]:
+    """The autocast context of the backbone's forward pass for `train.precision`."""
+    if config.train.precision == "bfloat16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def _image_dtype(config: Config) -> torch.dtype:
+    return torch.float64 if config.train.precision == "float64" else torch.float32
+
+
+def _mean(outputs: list[ClassifierOutput]) -> ClassifierOutput:
+    if len(outputs) == 1:
+        return outputs[0]
+
+    def mean(name: str) -> Tensor:
+        return torch.stack([getattr(output, name).detach() for output in outputs]).mean()
+
+    return ClassifierOutput(mean("loss"), mean("intra"), mean("inter"), mean("positive_cosine"))
