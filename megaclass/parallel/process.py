@@ -94,14 +94,34 @@ def world(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Worl
     if size == 1:
         yield World(0, 1, 0, chosen, None, None)
         return
+    timeout = timedelta(seconds=timeout_seconds)
+    store = _join(rank, size, timeout)
     dist.init_process_group(
         "nccl" if chosen.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
+        store=c10d.PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
         device_id=chosen if chosen.type == "cuda" else None,
     )
     try:
-        store = c10d._get_default_store()
         yield World(rank, size, local_rank, chosen, dist.group.WORLD, c10d.PrefixStore("megaclass", store))
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _join(rank: int, size: int, timeout: timedelta) -> c10d.Store:
+    """The store all ranks share, holding nothing of an earlier attempt.
+
+    torchrun hands its own store to the ranks it restarts, with the addresses the dead ones left there, and restarted
+    ranks then connect to nobody. With one agent its restart count tells attempts apart; several agents count apart, and
+    `launch/torchrun.sh` therefore turns the sharing off.
+    """
+    store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=timeout)))
+    store.set_timeout(timeout)
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if is_shared and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = c10d.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    joined: c10d.Store = store
+    return joined

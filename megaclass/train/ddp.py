@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megaclass.parallel.process import World
+
+# torch 2.13 renamed the option and warns about the old name, which 2.11 still needs.
+_NEW_NAME = "forward_sync_buffers"
+_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_TRAFFIC: dict[str, Any] = {_NEW_NAME if _NEW_NAME in _OPTIONS else "broadcast_buffers": False}
 
 
 class DDPStrategy:
@@ -28,8 +35,7 @@ class DDPStrategy:
                 backbone,
                 device_ids=[world.device.index] if world.device.type == "cuda" else None,
                 process_group=world.group,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
+                **_NO_BUFFER_TRAFFIC,
             )
         self.model: nn.Module = backbone if self._wrapped is None else self._wrapped
 

@@ -22,7 +22,9 @@ def whole(total: int, picks: int, key: int) -> torch.Tensor:
 
 @given(total=st.integers(1, 2000), data=st.data(), key=st.integers(0, 2**64 - 1), parts=st.integers(1, 7))
 @settings(max_examples=200, deadline=None)
-def test_any_partition_yields_the_same_sorted_distinct_picks(total: int, data: st.DataObject, key: int, parts: int) -> None:
+def test_any_partition_yields_the_same_sorted_distinct_picks(
+    total: int, data: st.DataObject, key: int, parts: int
+) -> None:
     picks = data.draw(st.integers(1, total))
     expected = whole(total, picks, key)
     assert len(expected) == picks

@@ -1,0 +1,169 @@
+"""Reading tar members of untrusted shards: a strict parser of our own.
+
+Separate because it is the one place that trusts no byte of a shard. It knows regular files with plain octal sizes and
+nothing else, never looks outside the bytes it was given, always moves forward, and never uses a name as a path: no
+links, devices, sparse files, extended headers, negative or giant sizes. `tarfile` accepts all of these, and on some
+versions of Python a negative size makes it run for ever.
+
+Layout: POSIX.1-1988 ustar; a sample is `KEY.png` or `KEY.jpg` followed by `KEY.label`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaclass.data.bad_samples import BadSample
+from megaclass.errors import DataError
+
+IMAGE_EXTENSIONS = ("png", "jpg")
+_BLOCK = 512
+_LABEL = struct.Struct("<q")
+
+
+@dataclass(frozen=True)
+class SampleMembers:
+    """The two members of one sample: its key, the image file's bytes with their extension, and the label."""
+
+    key: str
+    extension: str
+    image: bytes
+    label: int
+
+
+def parse_sample(block: bytes) -> SampleMembers:
+    """The sample whose members fill `block` exactly, headers and padding included.
+
+    Raises:
+        BadSample: `bad-tar` for anything but an image followed by its label, `bad-label` for a label that is not
+            eight bytes.
+    """
+    name, size = _parse_header(block, 0)
+    end = _padded_end(0, size)
+    key, extension = _split_name(name)
+    if extension not in IMAGE_EXTENSIONS:
+        raise BadSample("bad-tar", f"expected an image KEY.png or KEY.jpg, found member {name!r:.120}")
+    if end >= len(block):
+        raise BadSample("bad-tar", f"image {name!r:.120} of {size} bytes leaves no room for a label in {len(block)}")
+    label_name, label_size = _parse_header(block, end)
+    if label_name != f"{key}.label":
+        raise BadSample("bad-tar", f"expected member {key + '.label'!r:.120}, found {label_name!r:.120}")
+    label_start = end + _BLOCK
+    if _padded_end(end, label_size) != len(block):
+        raise BadSample("bad-tar", f"members of {key!r:.120} do not fill the {len(block)} bytes the index gives them")
+    try:
+        label = parse_label(block[label_start : label_start + label_size])
+    except BadSample as error:
+        raise error.located(f"member {label_name!r:.120}") from None
+    return SampleMembers(key, extension, block[_BLOCK : _BLOCK + size], label)
+
+
+def parse_label(data: bytes) -> int:
+    """The class id in a label member; `BadSample` unless it is eight bytes (int64, little-endian)."""
+    if len(data) != _LABEL.size:
+        raise BadSample("bad-label", f"label has {len(data)} bytes, expected 8 (int64, little-endian)")
+    return int(_LABEL.unpack(data)[0])
+
+
+def check_label(label: int, expected: int, num_classes: int) -> None:
+    """`BadSample` unless the stored label lies in [0, num_classes) and is the one the index gives."""
+    if not 0 <= label < num_classes:
+        raise BadSample("bad-label", f"label {label}, allowed is [0, {num_classes})")
+    if label != expected:
+        raise BadSample("bad-label", f"label {label} in the shard but {expected} in the index")
+
+
+def check_shard(path: Path, num_samples: int) -> None:
+    """Walk the headers of a whole shard; returns when it holds exactly `num_samples` well-formed samples.
+
+    For readers that leave the parsing to a library: what passes here is safe to hand on, and holds no fewer and no
+    more samples than the manifest says, each key once.
+
+    Raises:
+        DataError: with the shard, the byte offset and what was found there.
+
+    Cost: reads one header per member and seeks over the content.
+    """
+    keys: set[str] = set()
+    open_key = None
+    for offset, name in _walk(path):
+        key, extension = _split_name(name)
+        if open_key is None and extension in IMAGE_EXTENSIONS and key not in keys:
+            keys.add(key)
+            open_key = key
+        elif extension == "label" and key == open_key:
+            open_key = None
+        else:
+            raise DataError(
+                f"shard {path}: at byte {offset} member {name!r:.120} is not expected there; samples are KEY.png or "
+                "KEY.jpg followed by KEY.label, each key once; make the data set again"
+            )
+    if open_key is not None or len(keys) != num_samples:
+        raise DataError(
+            f"shard {path} holds {len(keys)} samples{' (the last without a label)' if open_key is not None else ''} "
+            f"but dataset.json says {num_samples}; run `megaclass data verify {path.parent}`"
+        )
+
+
+def _walk(path: Path) -> Iterator[tuple[int, str]]:
+    num_bytes = path.stat().st_size
+    offset = 0
+    with path.open("rb") as file:
+        while offset < num_bytes:
+            file.seek(offset)
+            header = file.read(_BLOCK)
+            if not any(header):
+                return
+            try:
+                name, size = _parse_header(header, 0)
+            except BadSample as bad:
+                raise DataError(f"shard {path}: at byte {offset}: {bad.detail}; make the data set again") from None
+            end = _padded_end(offset, size)
+            if end > num_bytes:
+                raise DataError(
+                    f"shard {path}: at byte {offset} member {name!r:.120} of {size} bytes ends behind the file of "
+                    f"{num_bytes} bytes; make the data set again"
+                )
+            yield offset, name
+            offset = end
+
+
+def _parse_header(block: bytes, start: int) -> tuple[str, int]:
+    """Name and size of the member whose header starts at `start`; its data must lie within any caller's range."""
+    header = block[start : start + _BLOCK]
+    if len(header) < _BLOCK:
+        raise BadSample("bad-tar", f"tar header cut off after {len(header)} of {_BLOCK} bytes")
+    checksum = _octal(header[148:156])
+    if checksum is None or checksum != sum(header) - sum(header[148:156]) + 8 * 32:
+        raise BadSample("bad-tar", "no valid tar header (wrong checksum)")
+    kind = header[156:157]
+    name_bytes = header[:100].split(b"\0", 1)[0]
+    if header[257:262] == b"ustar" and header[345]:
+        name_bytes = header[345:500].split(b"\0", 1)[0] + b"/" + name_bytes
+    name = name_bytes.decode("utf-8", "backslashreplace")
+    if kind not in (b"0", b"\0"):
+        raise BadSample("bad-tar", f"member {name!r:.120} is of tar type {kind!r}; only regular files are allowed")
+    size = _octal(header[124:136])
+    if size is None:
+        raise BadSample("bad-tar", f"member {name!r:.120} has size field {header[124:136]!r}, not an octal number")
+    return name, size
+
+
+def _octal(field: bytes) -> int | None:
+    """The number in a header field, or None: digits 0 to 7 only, so no sign and no base-256 form."""
+    digits = field.strip(b" \0")
+    if not digits or digits.strip(b"01234567"):
+        return None
+    return int(digits, 8)
+
+
+def _padded_end(start: int, size: int) -> int:
+    return start + _BLOCK + -(-size // _BLOCK) * _BLOCK
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Key and extension, cut at the first dot as the webdataset library cuts; no key gives no extension."""
+    key, _, extension = name.partition(".")
+    return key, extension if key else ""

@@ -1,0 +1,51 @@
+"""The reader a configuration asks for, by name.
+
+Separate so that only this file knows all readers, and so that the webdataset library is imported only where it is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megaclass.config import Dataset
+from megaclass.data.batch import Reader
+from megaclass.data.indexed import IndexedReader
+from megaclass.data.synthetic import SyntheticReader
+
+
+def open_reader(
+    dataset: Dataset, *, batch_size: int, accumulation_steps: int, rank: int, world_size: int, seed: int
+) -> Reader:
+    """The training reader `dataset.reader` of one rank.
+
+    Args:
+        dataset: the options; `dataset.path` is set unless the reader is `synthetic`.
+        batch_size: of one rank and one micro-batch: global batch / (world size * accumulation steps).
+        accumulation_steps: micro-batches per step.
+        rank: of this process.
+        world_size: number of ranks.
+        seed: `train.seed`, same on every rank.
+
+    Raises:
+        DataError: as the readers do.
+    """
+    common: dict[str, Any] = {
+        "batch_size": batch_size,
+        "accumulation_steps": accumulation_steps,
+        "rank": rank,
+        "world_size": world_size,
+        "seed": seed,
+        "image_size": dataset.image_size,
+        "channels": dataset.channels,
+        "augment": dataset.augment,
+        "workers": dataset.workers,
+    }
+    if dataset.reader == "synthetic":
+        return SyntheticReader(**dataset.synthetic.model_dump(), **common)
+    assert dataset.path is not None
+    policy: dict[str, Any] = {"on_bad_sample": dataset.on_bad_sample, "bad_sample_budget": dataset.bad_sample_budget}
+    if dataset.reader == "stream":
+        from megaclass.data.stream import StreamReader
+
+        return StreamReader(dataset.path, dataset.split, **common, **policy)
+    return IndexedReader(dataset.path, dataset.split, **common, **policy)

@@ -1,0 +1,99 @@
+"""From a position of the one sequence to a finished batch: order, samples, substitutes, augmentation.
+
+Separate because samples on disk and synthetic ones go exactly the same way. Everything here is a pure function of the
+position, so it may run in any process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megaclass.config import Augment
+from megaclass.data.bad_samples import BadSample
+from megaclass.data.batch import Batch, SkippedSample
+from megaclass.data.counter import Stream, hash_counters
+from megaclass.data.order import SampleOrder, rank_positions
+from megaclass.data.transforms import transform
+from megaclass.errors import DataError
+
+_MAX_TRIES = 100
+
+
+class Samples(Protocol):
+    """Samples by id; see `StoredSamples`."""
+
+    @property
+    def num_samples(self) -> int:
+        """Ids are in [0, num_samples)."""
+        ...
+
+    def read(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[int, BadSample]]:
+        """Images [n, size, size, channels] uint8, labels [n] int64, and the bad ones by place."""
+        ...
+
+
+@dataclass(frozen=True)
+class OrderedBatches:
+    """Position → the batch of one rank that starts there.
+
+    Attributes:
+        samples: where images and labels come from.
+        order: which sample stands at a position.
+        batch_size: of this rank; all ranks together read `batch_size * world_size` positions in a row.
+        rank, world_size: of this reader.
+        seed: of augmentation and substitutes.
+        augment: random changes of the images.
+        is_skipping: replace bad samples by others instead of raising.
+    """
+
+    samples: Samples
+    order: SampleOrder
+    batch_size: int
+    rank: int
+    world_size: int
+    seed: int
+    augment: Augment
+    is_skipping: bool
+
+    def make(self, position: int) -> Batch:
+        """This rank's part of the micro-batch over all ranks that starts at `position`.
+
+        Raises:
+            DataError: a bad sample that is not to be skipped, or no good one found in its place.
+        """
+        positions = rank_positions(position, self.batch_size, self.rank, self.world_size)
+        ids = self.order.sample_ids(positions)
+        images, labels, bad = self.samples.read(ids)
+        skipped: list[SkippedSample] = []
+        known_bad = {int(ids[place]) for place in bad}
+        for place, error in bad.items():
+            if not self.is_skipping:
+                raise error.as_data_error()
+            skipped.append(SkippedSample(int(ids[place]), error.reason, error.detail))
+            ids[place], images[place], labels[place] = self._substitute(int(positions[place]), known_bad, skipped)
+        pixels = transform(images, ids, self.order.epochs(positions), self.seed, self.augment)
+        end = position + self.batch_size * self.world_size
+        return Batch(pixels, torch.from_numpy(labels), torch.from_numpy(ids), end, tuple(skipped))
+
+    def _substitute(
+        self, position: int, known_bad: set[int], skipped: list[SkippedSample]
+    ) -> tuple[int, NDArray[np.uint8], int]:
+        """A good sample in place of the one at `position`; bad ones met on the way join `known_bad` and `skipped`."""
+        picks = hash_counters(self.seed, Stream.SUBSTITUTE, position, np.arange(_MAX_TRIES))
+        for pick in (picks % np.uint64(self.samples.num_samples)).astype(np.int64).tolist():
+            if pick in known_bad:
+                continue
+            images, labels, bad = self.samples.read(np.array([pick]))
+            if not bad:
+                return pick, images[0], int(labels[0])
+            known_bad.add(pick)
+            skipped.append(SkippedSample(pick, bad[0].reason, bad[0].detail))
+        raise DataError(
+            f"no usable sample found in {_MAX_TRIES} tries in place of a bad one; the last was {skipped[-1].detail} "
+            f"({skipped[-1].reason}); repair the data set"
+        )

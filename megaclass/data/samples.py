@@ -1,0 +1,152 @@
+"""Samples of a split by their id, read from tar shards through the index; and a pass over a split in manifest order.
+
+Separate because training and evaluation both read samples this way, in different orders. A sample costs one read of
+its byte range; shards are never scanned, and nothing but the index is kept in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megaclass.data.bad_samples import BadSample
+from megaclass.data.batch import Batch
+from megaclass.data.decode import decode_image
+from megaclass.data.manifest import SplitInfo, load_index, load_manifest, load_split
+from megaclass.data.members import check_label, parse_sample
+from megaclass.data.transforms import normalise
+from megaclass.errors import DataError
+
+_MAX_OPEN_SHARDS = 128
+
+
+class StoredSamples:
+    """The samples of one split of a data set on disk.
+
+    Attributes:
+        num_classes: labels are in [0, num_classes).
+        num_samples: ids are in [0, num_samples).
+
+    Raises:
+        DataError: the manifest or an index is wrong, or a shard is missing or of another size than the manifest says.
+
+    Cost: 28 bytes of memory per sample, one `stat` per shard, and at most 128 open files.
+    """
+
+    def __init__(self, folder: Path, split: str, *, image_size: int, channels: int) -> None:
+        info = load_split(folder, load_manifest(folder), split)
+        check_shard_files(folder, info)
+        self.num_classes = info.num_classes
+        self.num_samples = info.num_samples
+        self._records, self._shard_numbers = load_index(folder, split, info)
+        self._paths = [Path(folder) / shard.file for shard in info.shards]
+        self._image_size = image_size
+        self._channels = channels
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[int, BadSample]]:
+        """Read, check and decode samples.
+
+        Returns:
+            images [n, image_size, image_size, channels] uint8; labels [n] int64; and what went wrong, by place in
+            `sample_ids`. Images and labels of bad samples are zeros.
+        """
+        images = np.zeros((len(sample_ids), self._image_size, self._image_size, self._channels), np.uint8)
+        labels = np.zeros(len(sample_ids), np.int64)
+        bad = {}
+        for place, sample_id in enumerate(sample_ids.tolist()):
+            try:
+                images[place], labels[place] = self._read_one(sample_id)
+            except BadSample as error:
+                bad[place] = error
+        return images, labels, bad
+
+    def close(self) -> None:
+        """Close the shards; the next read opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _read_one(self, sample_id: int) -> tuple[NDArray[np.uint8], int]:
+        record, shard = self._records[sample_id], int(self._shard_numbers[sample_id])
+        offset, length = int(record["offset"]), int(record["length"])
+        where = f"shard {self._paths[shard]}, byte {offset}"
+        try:
+            block = os.pread(self._file(shard), length, offset)
+            if len(block) < length:
+                raise BadSample("unreadable", f"only {len(block)} of {length} bytes are there")
+            sample = parse_sample(block)
+            where += f", key {sample.key!r:.120}"
+            check_label(sample.label, int(record["label"]), self.num_classes)
+            return decode_image(sample.image, sample.extension, self._image_size, self._channels), sample.label
+        except OSError as error:
+            raise BadSample("unreadable", f"{where}: {error.strerror}") from None
+        except BadSample as error:
+            raise error.located(where) from None
+
+    def _file(self, shard: int) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+        else:
+            if len(self._files) >= _MAX_OPEN_SHARDS:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[shard]
+
+
+def check_shard_files(folder: Path, info: SplitInfo) -> None:
+    """Compare every shard's size with the manifest, without reading it.
+
+    Raises:
+        DataError: a shard is missing, or longer or shorter than the manifest says.
+    """
+    for shard in info.shards:
+        path = Path(folder) / shard.file
+        try:
+            num_bytes = path.stat().st_size
+        except OSError as error:
+            raise DataError(f"shard {path} cannot be read: {error.strerror}; copy it again") from None
+        if num_bytes != shard.num_bytes:
+            raise DataError(
+                f"shard {path} has {num_bytes} bytes but dataset.json says {shard.num_bytes}: "
+                f"{'cut off' if num_bytes < shard.num_bytes else 'changed'}; copy it again, then run "
+                f"`megaclass data verify {folder}`"
+            )
+
+
+def iterate_split(
+    folder: Path,
+    split: str,
+    *,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    image_size: int,
+    channels: int,
+) -> Iterator[Batch]:
+    """Every sample of a split exactly once over all ranks, in manifest order, without augmentation.
+
+    Rank r visits ids N*r div W up to N*(r+1) div W: the ranks may have different counts, and the last batch of each may
+    be short. `Batch.position` is the id after the batch's last.
+
+    Raises:
+        DataError: as `StoredSamples`; also for the first bad sample, whatever the policy: an evaluation with holes
+            would not be the one it is called.
+    """
+    samples = StoredSamples(folder, split, image_size=image_size, channels=channels)
+    stop = samples.num_samples * (rank + 1) // world_size
+    try:
+        for start in range(samples.num_samples * rank // world_size, stop, batch_size):
+            ids = np.arange(start, min(start + batch_size, stop), dtype=np.int64)
+            images, labels, bad = samples.read(ids)
+            for error in bad.values():
+                raise error.as_data_error()
+            pixels = normalise(torch.from_numpy(images).permute(0, 3, 1, 2))
+            yield Batch(pixels, torch.from_numpy(labels), torch.from_numpy(ids), int(ids[-1]) + 1)
+    finally:
+        samples.close()

@@ -1,0 +1,254 @@
+"""Reading shards from front to back through the webdataset library, for storage that is slow at random access.
+
+Separate because it promises less than the default reader: shards are dealt to ranks and shuffled through a small
+buffer, so ranks come to the end of an epoch at different times, and `seek` is exact only to the shard: it starts again
+at the beginning of the shard a rank was in, as counted without the buffer, which repeats samples or leaves some out.
+A position means the same at the same world size only. What it does promise: every rank always has a full batch, an
+uninterrupted rank reads each sample of its shards once in each of its epochs, no shard is read by two ranks in an
+epoch, and a shard that does not hold exactly the samples of its manifest ends the run.
+
+Each shard is opened by us and checked before the library sees it: webdataset would read a shard with a broken header
+to that point without a word, split the list again inside DataLoader workers, and run commands given as `pipe:`. Here
+shards are local files of the manifest, read in the trainer's process; workers only decode.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import webdataset
+from numpy.typing import NDArray
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from megaclass.config import Augment
+from megaclass.data.bad_samples import BadSample, SkipBudget
+from megaclass.data.batch import Batch, SkippedSample
+from megaclass.data.counter import Stream, hash_counters
+from megaclass.data.decode import decode_image
+from megaclass.data.manifest import SplitInfo, load_index, load_manifest, load_split
+from megaclass.data.members import IMAGE_EXTENSIONS, check_label, check_shard, parse_label
+from megaclass.data.reader import BatchReader, check_enough_samples
+from megaclass.data.samples import check_shard_files
+from megaclass.data.transforms import transform
+from megaclass.errors import DataError
+
+_BUFFER_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One sample as it lies in the shard, and the epoch it is read in."""
+
+    sample_id: int
+    epoch: int
+    where: str
+    extension: str
+    image: bytes
+    label: bytes
+    index_label: int
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """One batch before decoding; `position` is the one it starts at."""
+
+    position: int
+    samples: list[RawSample]
+
+
+class ShardStream:
+    """The endless sequence of raw samples of one rank.
+
+    Args:
+        folder: of the data set.
+        split: its name; `info`: its manifest entry.
+        rank, world_size: the shards of an epoch, in an order drawn from (seed, epoch), are dealt to ranks in turn.
+        seed: of the order of shards and of the buffer.
+        shuffle: False keeps shards and samples in manifest order.
+
+    Raises:
+        DataError: fewer shards with samples than ranks.
+    """
+
+    def __init__(
+        self, folder: Path, split: str, info: SplitInfo, *, rank: int, world_size: int, seed: int, shuffle: bool
+    ) -> None:
+        self._folder, self._split, self._info = Path(folder), split, info
+        self._rank, self._world_size = rank, world_size
+        self._seed, self._shuffle = seed, shuffle
+        self._sizes = np.array([shard.num_samples for shard in info.shards], np.int64)
+        self._first_ids = np.cumsum(self._sizes) - self._sizes
+        self._filled = np.flatnonzero(self._sizes)
+        if len(self._filled) < world_size:
+            raise DataError(
+                f"split {split!r} of {folder} has {len(self._filled)} shards with samples for {world_size} ranks; use "
+                "dataset.reader: indexed, or make the data set with more shards"
+            )
+
+    def samples(self, num_consumed: int) -> Iterator[RawSample]:
+        """Samples from the beginning of the shard in which sample `num_consumed` of this rank's sequence lies."""
+        for epoch in count():
+            shards = self.shards_of_epoch(epoch)
+            ends = np.cumsum(self._sizes[shards])
+            left = shards[np.searchsorted(ends, num_consumed, side="right") :].tolist()
+            num_consumed = max(0, num_consumed - int(ends[-1]))
+            source = (sample for shard in left for sample in self._read(epoch, shard))
+            if self._shuffle:
+                # A buffer of its own for each epoch: one that ran on would mix several epochs of a small data set.
+                key = int(hash_counters(self._seed, Stream.SHUFFLE_BUFFER, self._rank, epoch))
+                source = webdataset.shuffle(_BUFFER_SAMPLES, rng=random.Random(key))(source)
+            yield from source
+
+    def shards_of_epoch(self, epoch: int) -> NDArray[np.int64]:
+        """The numbers of the shards this rank reads in an epoch, in order."""
+        shards = self._filled
+        if self._shuffle:
+            shards = shards[np.argsort(hash_counters(self._seed, Stream.SHARD_ORDER, epoch, shards))]
+        return shards[self._rank :: self._world_size]
+
+    def _read(self, epoch: int, shard: int) -> Iterator[RawSample]:
+        info = self._info.shards[shard]
+        path = self._folder / info.file
+        check_shard(path, info.num_samples)
+        alone = self._info.model_copy(update={"shards": [info], "num_samples": info.num_samples})
+        index_labels = load_index(self._folder, self._split, alone)[0]["label"].tolist()
+        number = 0
+        try:
+            with path.open("rb") as stream:
+                source = [{"url": str(path), "stream": stream}]
+                for sample in group_by_keys(tar_file_expander(source)):
+                    extension = next((name for name in IMAGE_EXTENSIONS if name in sample), "")
+                    if not extension or "label" not in sample or number == info.num_samples:
+                        break
+                    yield RawSample(
+                        sample_id=int(self._first_ids[shard]) + number,
+                        epoch=epoch,
+                        where=f"shard {path}, key {sample['__key__']!r:.120}",
+                        extension=extension,
+                        image=sample[extension],
+                        label=sample["label"],
+                        index_label=index_labels[number],
+                    )
+                    number += 1
+        # What the library and `tarfile` raise for a file that changed since it was checked.
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"shard {path} cannot be read: {' '.join(str(error).split())[:300]}") from None
+        if number != info.num_samples:
+            raise DataError(
+                f"shard {path} gave {number} samples but dataset.json says {info.num_samples}; "
+                f"run `megaclass data verify {self._folder}`"
+            )
+
+
+@dataclass(frozen=True)
+class RawBatchDecoder:
+    """Raw batch → finished batch; pure, so it may run in a worker.
+
+    Under the skip policy a bad sample is replaced by a good one of the same batch, picked by hash: no other sample is
+    at hand.
+    """
+
+    num_classes: int
+    world_size: int
+    image_size: int
+    channels: int
+    seed: int
+    augment: Augment
+    is_skipping: bool
+
+    def make(self, raw: RawBatch) -> Batch:
+        """Decode, check and augment; `DataError` for a bad sample under `stop`, or a batch with no good one."""
+        size = len(raw.samples)
+        images = np.zeros((size, self.image_size, self.image_size, self.channels), np.uint8)
+        labels, good, skipped = np.zeros(size, np.int64), [], []
+        for place, sample in enumerate(raw.samples):
+            try:
+                images[place], labels[place] = self._decode(sample)
+                good.append(place)
+            except BadSample as error:
+                located = error.located(sample.where)
+                if not self.is_skipping:
+                    raise located.as_data_error() from None
+                skipped.append(SkippedSample(sample.sample_id, located.reason, located.detail))
+        if not good:
+            raise DataError(
+                f"no usable sample in a whole batch; the last was {skipped[-1].detail}; repair the data set"
+            )
+        source = np.arange(size)
+        bad = np.setdiff1d(source, good)
+        picks = hash_counters(self.seed, Stream.SUBSTITUTE, raw.position, bad) % np.uint64(len(good))
+        source[bad] = np.array(good)[picks.astype(np.int64)]
+        ids = np.array([sample.sample_id for sample in raw.samples])[source]
+        epochs = np.array([sample.epoch for sample in raw.samples])[source]
+        pixels = transform(images[source], ids, epochs, self.seed, self.augment)
+        end = raw.position + size * self.world_size
+        return Batch(pixels, torch.from_numpy(labels[source]), torch.from_numpy(ids), end, tuple(skipped))
+
+    def _decode(self, sample: RawSample) -> tuple[NDArray[np.uint8], int]:
+        label = parse_label(sample.label)
+        check_label(label, sample.index_label, self.num_classes)
+        return decode_image(sample.image, sample.extension, self.image_size, self.channels), label
+
+
+class StreamReader(BatchReader):
+    """Endless full batches from shards read front to back; see the module for what a position means here.
+
+    Args: as for `IndexedReader`.
+
+    Raises:
+        DataError: as for `IndexedReader`, and with fewer shards with samples than ranks.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        image_size: int,
+        channels: int,
+        augment: Augment | None = None,
+        workers: int = 0,
+        on_bad_sample: Literal["stop", "skip"] = "stop",
+        bad_sample_budget: float = 0.001,
+        accumulation_steps: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        info = load_split(folder, load_manifest(folder), split)
+        check_shard_files(folder, info)
+        what = f"split {split!r} of {folder}"
+        check_enough_samples(info.num_samples, batch_size, world_size, accumulation_steps, what)
+        stream = ShardStream(folder, split, info, rank=rank, world_size=world_size, seed=seed, shuffle=shuffle)
+        decoder = RawBatchDecoder(
+            num_classes=info.num_classes,
+            world_size=world_size,
+            image_size=image_size,
+            channels=channels,
+            seed=seed,
+            augment=augment or Augment(),
+            is_skipping=on_bad_sample == "skip",
+        )
+
+        def plan(position: int) -> Iterator[RawBatch]:
+            samples = stream.samples(position // world_size)
+            for start in count(position, batch_size * world_size):
+                yield RawBatch(start, list(islice(samples, batch_size)))
+
+        super().__init__(
+            plan,
+            decoder.make,
+            num_classes=info.num_classes,
+            num_samples=info.num_samples,
+            workers=workers,
+            budget=SkipBudget(bad_sample_budget, info.num_samples, world_size),
+        )

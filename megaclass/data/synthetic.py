@@ -1,0 +1,115 @@
+"""Made-up samples: one random pattern per class plus noise, computed when asked for and never stored.
+
+Separate because tests and benchmarks need any number of classes at once, without a data set on disk. The patterns are
+8 x 8 random cells drawn up to the image size, so that a small backbone can tell them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaclass.config import Augment
+from megaclass.data.bad_samples import BadSample, SkipBudget
+from megaclass.data.counter import Stream, hash_counters
+from megaclass.data.order import SampleOrder
+from megaclass.data.ordered import OrderedBatches
+from megaclass.data.reader import BatchReader, check_enough_samples
+
+_CELLS = 8
+
+
+@dataclass(frozen=True)
+class SyntheticSamples:
+    """Sample i is of class `i div samples_per_class`: pattern of the class + noise of the sample.
+
+    Pattern cells and noise pixels are evenly distributed, with standard deviation 1 and `noise`; their sum is scaled
+    to the range of uint8, so nothing is cut off.
+    """
+
+    num_classes: int
+    samples_per_class: int
+    noise: float
+    image_size: int
+    channels: int
+    seed: int
+
+    @property
+    def num_samples(self) -> int:
+        """Ids are in [0, num_samples)."""
+        return self.num_classes * self.samples_per_class
+
+    def read(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[int, BadSample]]:
+        """Images [n, image_size, image_size, channels] uint8, labels [n] int64, and no bad ones."""
+        labels = sample_ids // self.samples_per_class
+        size, channels = self.image_size, self.channels
+        cells = self._values(Stream.PATTERN, labels, _CELLS * _CELLS * channels)
+        pixel_cells = np.arange(size) * _CELLS // size
+        patterns = cells.reshape(-1, _CELLS, _CELLS, channels)[:, pixel_cells][:, :, pixel_cells]
+        images = self._values(Stream.NOISE, sample_ids, size * size * channels).reshape(-1, size, size, channels)
+        images *= self.noise
+        images += patterns
+        images *= 127.5 / (1.0 + self.noise)
+        images += 128.0
+        return images.astype(np.uint8), labels, {}
+
+    def _values(self, stream: Stream, keys: NDArray[np.int64], num_values: int) -> NDArray[np.float32]:
+        """[n, num_values] float32, evenly distributed in (-1, 1): four from each 64 random bits."""
+        bits = hash_counters(self.seed, stream, keys[:, None], np.arange(math.ceil(num_values / 4)))
+        values = bits.astype("<u8").view("<u2")[:, :num_values].astype(np.float32)
+        values -= 32767.5
+        values /= 32768.0
+        return values
+
+
+class SyntheticReader(BatchReader):
+    """Batches of synthetic samples, in the same order logic as `IndexedReader`.
+
+    Args:
+        num_classes, samples_per_class, noise: see `SyntheticSamples`; the rest as for `IndexedReader`.
+
+    Raises:
+        DataError: an epoch is smaller than a global batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        samples_per_class: int,
+        noise: float,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        image_size: int,
+        channels: int,
+        augment: Augment | None = None,
+        workers: int = 0,
+        accumulation_steps: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        samples = SyntheticSamples(num_classes, samples_per_class, noise, image_size, channels, seed)
+        check_enough_samples(samples.num_samples, batch_size, world_size, accumulation_steps, "the synthetic data set")
+        batches = OrderedBatches(
+            samples=samples,
+            order=SampleOrder(samples.num_samples, seed, shuffle),
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            augment=augment or Augment(),
+            is_skipping=False,
+        )
+        super().__init__(
+            lambda position: count(position, batch_size * world_size),
+            batches.make,
+            num_classes=num_classes,
+            num_samples=samples.num_samples,
+            workers=workers,
+            budget=SkipBudget(0.0, samples.num_samples, world_size),
+        )

@@ -1,0 +1,111 @@
+"""A split to evaluate on, opened once, and the judgement of a backbone on it over all ranks.
+
+Separate from the protocols (pure) and from `embed` (any batches): this file knows data sets. It is opened before
+training starts, so that a missing split or an impossible protocol is found at once and not after hours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from megaclass.config import Config
+from megaclass.data.manifest import load_class_names, load_index, load_manifest, load_split
+from megaclass.data.samples import iterate_split
+from megaclass.errors import DataError
+from megaclass.evaluate.baselines import embed_baselines
+from megaclass.evaluate.embed import EmbeddedSplit, LabelledImages, embed_split, score_on_main
+from megaclass.evaluate.judge import judge, source_number
+from megaclass.parallel.process import World
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """One split with what the protocols need to know of it beside the images.
+
+    Attributes:
+        folder, split: where it is.
+        sources: [num_samples] int64, number of each sample's source, in the split's order.
+        groups: name of each class's group, or None.
+        gallery_source: number of the source that is the gallery, or None.
+    """
+
+    folder: Path
+    split: str
+    sources: np.ndarray
+    groups: list[str] | None
+    gallery_source: int | None
+    config: Config
+
+    def batches(self, world: World) -> Iterator[LabelledImages]:
+        """This rank's part of the split, from the start."""
+        dataset, evaluate = self.config.dataset, self.config.evaluate
+        return iterate_split(
+            self.folder, self.split, rank=world.rank, world_size=world.size, batch_size=evaluate.batch_size,
+            image_size=dataset.image_size, channels=dataset.channels,
+        )  # fmt: skip
+
+    def score(self, embedded: EmbeddedSplit) -> dict[str, Any]:
+        """All protocols of the configuration on these embeddings; on one rank."""
+        sources = self.sources[embedded.ids.numpy()]
+        protocols = self.config.evaluate.protocols
+        return judge(embedded.embeddings, embedded.labels, sources, self.groups, protocols, self.gallery_source)
+
+
+def open_evaluation(config: Config) -> EvaluationSet | None:
+    """The split named by the `evaluate` section; None if nothing is to be evaluated.
+
+    A synthetic run without `evaluate.path` has nothing to evaluate on. A data set without the split is an error only
+    where evaluating was asked for (`evaluate.path` or `evaluate.every`).
+
+    Raises:
+        DataError: no such data set or split, or it cannot serve a protocol.
+        ConfigError: the gallery's source does not exist.
+    """
+    evaluate = config.evaluate
+    folder = evaluate.path or (None if config.dataset.reader == "synthetic" else config.dataset.path)
+    if folder is None or not evaluate.protocols:
+        return None
+    manifest = load_manifest(folder)
+    if evaluate.split not in manifest.splits and evaluate.path is None and evaluate.every is None:
+        return None
+    split = load_split(folder, manifest, evaluate.split)
+    if split.num_samples == 0:
+        raise DataError(f"split {evaluate.split!r} of {folder} has no samples; make the data set with unseen classes")
+    records, _ = load_index(folder, evaluate.split, split)
+    return EvaluationSet(
+        folder=Path(folder),
+        split=evaluate.split,
+        sources=records["source"].astype(np.int64),
+        groups=load_class_names(folder, split).groups,
+        gallery_source=source_number(split.sources, evaluate.gallery_source),
+        config=config,
+    )
+
+
+def evaluate_backbone(evaluation: EvaluationSet, backbone: nn.Module, world: World, key: str) -> dict[str, Any]:
+    """The outcome of every protocol for this backbone, the same on every rank; `key` is used once in a world."""
+    config = evaluation.config
+    embedded = embed_split(backbone, evaluation.batches(world), world, world.device, config.backbone.dim)
+    made: dict[str, Any] = score_on_main(world, key, lambda: evaluation.score(embedded))
+    return made
+
+
+def evaluate_baselines(
+    evaluation: EvaluationSet, build: Callable[[], nn.Module], world: World, key: str
+) -> dict[str, dict[str, Any]]:
+    """The same for the untrained backbone that `build` makes and for raw pixels: `untrained` and `pixels`."""
+    config = evaluation.config
+    embedded = embed_baselines(
+        build, lambda: evaluation.batches(world), world, world.device, dim=config.backbone.dim,
+        image_size=config.dataset.image_size, channels=config.dataset.channels,
+    )  # fmt: skip
+    made: dict[str, dict[str, Any]] = score_on_main(
+        world, key, lambda: {name: evaluation.score(split) for name, split in embedded.items()}
+    )
+    return made

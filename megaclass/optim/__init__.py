@@ -1,0 +1,1 @@
+"""What turns gradients into steps: row optimizers, backbone parameter groups, one clip norm, schedules, averages."""

@@ -1,0 +1,282 @@
+"""Writing a data set folder: tar shards through webdataset, their indexes, class names and, last, the manifest.
+
+The only file of `prepare` that knows the format on disk (`megaclass.data.manifest`). Two runs over the same samples
+write the same bytes: members have time 0 and no owner, keys are the zero-padded position in the split, and the order of
+samples is a fixed permutation of their number. While a folder is being written it holds a marker and no
+`dataset.json`; the manifest appears by a rename when everything else is on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from webdataset.writer import TarWriter
+
+from megaclass.data.manifest import (
+    FORMAT,
+    INDEX_DTYPE,
+    MANIFEST_NAME,
+    ClassNames,
+    Manifest,
+    ShardInfo,
+    SplitInfo,
+)
+from megaclass.errors import ConfigError, DataError
+from megaclass.prepare.encode import EncodedImage
+
+SAMPLES_PER_SHARD = 10_000
+Progress = Callable[[int, int], None]
+
+_BLOCK = 512
+_MARKER = ".unfinished"
+_OURS = re.compile(r"[A-Za-z0-9_-]+(-\d{6}\.tar|-\d{6}\.index\.npy|\.classes\.json)|dataset\.json(\.partial)?")
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """What a split will hold, decided before anything is written.
+
+    Attributes:
+        names: one name per class, sorted; a class's label is its position here.
+        groups: the super-class of each class, or None.
+        source_names: who or what made samples.
+        labels: [num_samples] int64.
+        sources: [num_samples] int32, positions in `source_names`, -1 if unknown.
+        load: gives sample i encoded, or None if it is to be left out; called once per sample, in writing order.
+    """
+
+    names: Sequence[str]
+    groups: Sequence[str] | None
+    source_names: Sequence[str]
+    labels: np.ndarray
+    sources: np.ndarray
+    load: Callable[[int], EncodedImage | None]
+
+
+def writing_order(num_samples: int) -> np.ndarray:
+    """A fixed permutation of range(num_samples), int64: sorted by the splitmix64 hash of the number.
+
+    So a reader that streams shards does not meet the samples class by class. The same on every machine and for every
+    version of numpy, which its own generators do not promise.
+    """
+    z = np.arange(1, num_samples + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(z ^ (z >> np.uint64(31)), kind="stable").astype(np.int64)
+
+
+class DatasetWriter:
+    """Writes one data set folder; use it as a context, call `write_split` per split and `finish` at the end.
+
+    Without `finish` the folder stays unfinished: it has no manifest, and the next run clears it away.
+
+    Args:
+        folder: made if it does not exist; must be empty, unfinished, or a data set that `overwrite` allows to replace.
+        name: of the data set, for people.
+        description: one or two sentences on where it comes from.
+        samples_per_shard: the last shard of a split may hold fewer.
+        overwrite: replace the data set in `folder`.
+
+    Raises:
+        ConfigError: the folder holds a data set or foreign files, cannot be written, or `samples_per_shard` < 1.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        description: str = "",
+        samples_per_shard: int = SAMPLES_PER_SHARD,
+        overwrite: bool = False,
+    ) -> None:
+        if samples_per_shard < 1:
+            raise ConfigError(f"samples-per-shard is {samples_per_shard}; it must be at least 1")
+        check_output(folder, overwrite)
+        self._folder = Path(folder)
+        self._name = name
+        self._description = description
+        self._samples_per_shard = samples_per_shard
+        self._splits: dict[str, SplitInfo] = {}
+        self._modes: set[str] = set()
+        try:
+            self._claim()
+        except OSError as error:
+            raise ConfigError(f"folder {folder} cannot be written: {error.strerror}; choose another") from None
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError) and not isinstance(error, ValueError):
+            raise DataError(f"writing {self._folder} failed: {error}; free space or choose another folder") from None
+
+    def _claim(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # The marker first, then the manifest: at any moment the folder is a data set or known as unfinished.
+        (self._folder / _MARKER).touch()
+        (self._folder / MANIFEST_NAME).unlink(missing_ok=True)
+        for path in self._folder.iterdir():
+            if _OURS.fullmatch(path.name):
+                path.unlink()
+
+    def write_split(self, split: str, plan: SplitPlan, progress: Progress | None = None) -> SplitInfo:
+        """Write all shards, indexes and class names of one split; returns its entry of the manifest.
+
+        `progress(done, total)` is called now and then and at the end. Cost: memory of one index record per sample.
+        """
+        assert re.fullmatch(r"[A-Za-z0-9_-]+", split), split
+        assert split not in self._splits, split
+        assert len(plan.labels) == len(plan.sources)
+        content = ClassNames(names=list(plan.names), groups=None if plan.groups is None else list(plan.groups))
+        classes = self._folder / f"{split}.classes.json"
+        classes.write_text(content.model_dump_json(indent=1), encoding="utf-8")
+        shards = self._write_shards(split, plan, progress)
+        info = SplitInfo(
+            num_classes=len(plan.names),
+            num_samples=sum(shard.num_samples for shard in shards),
+            classes=classes.name,
+            classes_sha256=file_sha256(classes),
+            sources=list(plan.source_names),
+            shards=shards,
+        )
+        self._splits[split] = info
+        return info
+
+    def _write_shards(self, split: str, plan: SplitPlan, progress: Progress | None) -> list[ShardInfo]:
+        shards: list[ShardInfo] = []
+        shard: _Shard | None = None
+        total = len(plan.labels)
+        num_written = 0
+        try:
+            for done, number in enumerate(writing_order(total)):
+                image = plan.load(int(number))
+                if image is not None:
+                    if shard is None:
+                        shard = _Shard(self._folder, f"{split}-{len(shards):06d}")
+                    shard.add(f"{num_written:09d}", image, int(plan.labels[number]), int(plan.sources[number]))
+                    self._modes.add(image.mode)
+                    num_written += 1
+                    if shard.num_samples == self._samples_per_shard:
+                        shards.append(shard.close())
+                        shard = None
+                if progress is not None and (done % 256 == 255 or done + 1 == total):
+                    progress(done + 1, total)
+            if shard is not None:
+                shards.append(shard.close())
+        except BaseException:
+            if shard is not None:
+                shard.abandon()
+            raise
+        return shards
+
+    def finish(self) -> Manifest:
+        """Write `dataset.json`, which makes the folder a data set. Its image mode is RGB if any image is, else L."""
+        manifest = Manifest(
+            format=FORMAT,
+            name=self._name,
+            description=self._description,
+            image_mode="RGB" if "RGB" in self._modes else "L",
+            splits=self._splits,
+        )
+        partial = self._folder / f"{MANIFEST_NAME}.partial"
+        with partial.open("w", encoding="utf-8") as stream:
+            json.dump(manifest.model_dump(), stream, indent=1, ensure_ascii=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, self._folder / MANIFEST_NAME)
+        (self._folder / _MARKER).unlink()
+        return manifest
+
+
+class _Shard:
+    """One tar shard being written, and the index records of its samples."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self._tar_path = folder / f"{stem}.tar"
+        self._index_path = folder / f"{stem}.index.npy"
+        self._stream = self._tar_path.open("wb")
+        self._tar = TarWriter(self._stream, user="", group="", mode=0o444, mtime=0, encoder=False, compress=False)
+        self._records: list[tuple[int, int, int, int]] = []
+        self._offset = 0
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._records)
+
+    def add(self, key: str, image: EncodedImage, label: int, source: int) -> None:
+        # Two calls, because one would sort the members by extension: `label` would come before `png`.
+        members = ((image.extension, image.data), ("label", label.to_bytes(8, "little", signed=True)))
+        length = 0
+        for extension, data in members:
+            self._tar.write({"__key__": key, extension: data})
+            length += _BLOCK + -(-len(data) // _BLOCK) * _BLOCK
+        self._records.append((self._offset, length, source, label))
+        self._offset += length
+
+    def abandon(self) -> None:
+        """Close the files without an index: the shard is unfinished."""
+        with contextlib.suppress(OSError, ValueError):
+            self._tar.close()
+        with contextlib.suppress(OSError):
+            self._stream.close()
+
+    def close(self) -> ShardInfo:
+        self._tar.close()
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        with self._index_path.open("wb") as stream:
+            np.save(stream, np.array(self._records, dtype=INDEX_DTYPE), allow_pickle=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return ShardInfo(
+            file=self._tar_path.name,
+            index=self._index_path.name,
+            num_samples=len(self._records),
+            num_bytes=self._tar_path.stat().st_size,
+            sha256=file_sha256(self._tar_path),
+            index_sha256=file_sha256(self._index_path),
+        )
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that must not be written to; sources call it before their long work.
+
+    Raises:
+        ConfigError: `folder` is a file, holds a data set and `overwrite` is not given, or holds foreign files.
+    """
+    folder = Path(folder)
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; give an empty or new folder to write the data set to")
+    if (folder / MANIFEST_NAME).exists():
+        if not overwrite:
+            raise ConfigError(
+                f"{folder} already holds a data set; give another folder, or --overwrite to replace the data set"
+            )
+    elif not (folder / _MARKER).exists():
+        foreign = sorted(path.name for path in folder.iterdir())
+        if foreign:
+            raise ConfigError(
+                f"{folder} holds other files ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}); "
+                "give an empty or new folder to write the data set to"
+            )
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

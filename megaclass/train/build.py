@@ -1,0 +1,138 @@
+"""Makes every object of a run from its configuration: the only file that knows all the parts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from megaclass import backbones, objectives, sampling
+from megaclass.classifier import ShardedClassifier
+from megaclass.config import Config
+from megaclass.data.batch import Reader
+from megaclass.data.open import open_reader
+from megaclass.errors import ConfigError
+from megaclass.objectives import margins, presets
+from megaclass.optim import backbone as backbone_optimizer
+from megaclass.optim import rowwise
+from megaclass.optim.ema import MovingAverage
+from megaclass.optim.schedule import base_rates
+from megaclass.parallel.process import World
+from megaclass.parallel.shard import ClassShard
+from megaclass.train.ddp import DDPStrategy
+from megaclass.train.loop import Training
+
+
+def check_batch(config: Config, world_size: int) -> None:
+    """Refuse a global batch that does not divide by ranks x accumulation steps, before anything is loaded.
+
+    Raises:
+        ConfigError: with the nearest sizes that do.
+    """
+    train = config.train
+    unit = world_size * train.accumulation_steps
+    if train.global_batch_size % unit:
+        below, above = train.global_batch_size // unit * unit, -(-train.global_batch_size // unit) * unit
+        near = f"{above}" if not below else f"{below} or {above}"
+        raise ConfigError(
+            f"train.global_batch_size {train.global_batch_size} does not divide by {world_size} ranks x "
+            f"{train.accumulation_steps} accumulation steps = {unit}; use {near}"
+        )
+
+
+def build(config: Config, world: World) -> Training:
+    """All parts of a run, at step 0.
+
+    Raises:
+        ConfigError, DataError: an option or the data set cannot be used.
+    """
+    check_batch(config, world.size)
+    reader = build_reader(config, world)
+    dtype = row_dtype(config)
+    backbone = build_backbone(config, world).to(dtype=dtype)
+    backbone_rate, _ = base_rates(config.optim, config.train.global_batch_size)
+    strategy = DDPStrategy(backbone, backbone_optimizer.build(backbone, config.optim, backbone_rate), world)
+    classifier = build_classifier(config, world, reader.num_classes, strategy.grad_divisor)
+    decay = config.optim.ema_decay
+    return Training(
+        config=config,
+        world=world,
+        reader=reader,
+        strategy=strategy,
+        classifier=classifier,
+        row_optimizer=rowwise.build(config.optim.class_name, classifier.weight.detach(), config.optim),
+        average=None if decay is None else MovingAverage(backbone, decay),
+        num_steps=number_of_steps(config, reader),
+    )
+
+
+def build_reader(config: Config, world: World) -> Reader:
+    """The reader of this rank's part of the data."""
+    train = config.train
+    return open_reader(
+        config.dataset,
+        batch_size=train.global_batch_size // (world.size * train.accumulation_steps),
+        rank=world.rank,
+        world_size=world.size,
+        accumulation_steps=train.accumulation_steps,
+        seed=train.seed,
+    )
+
+
+def build_backbone(config: Config, world: World) -> nn.Module:
+    """The untrained backbone on this rank's device: the same on every rank, as its weights come from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        backbone = backbones.build(
+            config.backbone.name,
+            dim=config.backbone.dim,
+            image_size=config.dataset.image_size,
+            channels=config.dataset.channels,
+            batch_norm=config.backbone.batch_norm,
+            group=world.group,
+            width=config.backbone.width,
+        )
+    return backbone.to(world.device)
+
+
+def build_classifier(config: Config, world: World, num_classes: int, grad_divisor: int) -> ShardedClassifier:
+    """This rank's shard of the class weights with the loss of the preset."""
+    options = config.classifier
+    preset = presets.resolve(
+        options.preset,
+        scale=options.scale,
+        margin=options.margin,
+        end_point=options.end_point,
+        sampling_rate=options.sampling_rate,
+        batch_positives=options.batch_positives,
+    )
+    presets.check_exponents(preset.scale, num_classes)
+    hyper = {} if preset.end_point is None else {"end_point": preset.end_point}
+    return ShardedClassifier(
+        config.backbone.dim,
+        ClassShard(num_classes, world.rank, world.size),
+        objectives.build(preset.objective, **hyper),
+        margins.build(preset.margin_kind, preset.margin or 0.0),
+        sampling.build(preset.sampler, preset.sampling_rate, config.train.seed, bool(preset.batch_positives)),
+        scale=preset.scale,
+        seed=config.train.seed,
+        group=world.group,
+        grad_divisor=grad_divisor,
+        kernel=options.kernel,
+        dtype=row_dtype(config),
+        device=world.device,
+    )
+
+
+def row_dtype(config: Config) -> torch.dtype:
+    """The type the class rows and the backbone's parameters are kept in."""
+    return torch.float64 if config.train.precision == "float64" else torch.float32
+
+
+def number_of_steps(config: Config, reader: Reader) -> int:
+    """Steps of the whole run: as given, or the epochs' samples over the global batch, rounded up."""
+    if config.train.steps is not None:
+        return config.train.steps
+    assert config.train.epochs is not None
+    return max(1, math.ceil(config.train.epochs * reader.num_samples / config.train.global_batch_size))

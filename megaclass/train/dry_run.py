@@ -1,0 +1,59 @@
+"""`train --dry-run`: the resolved configuration, the plan of shards and memory, and how the data begins.
+
+Separate because it must allocate nothing and join nobody: it can be asked on a login node.
+"""
+
+from __future__ import annotations
+
+import os
+
+from megaclass.config import Config
+from megaclass.evaluate.split import open_evaluation
+from megaclass.objectives import presets
+from megaclass.parallel.process import World, choose_device
+from megaclass.parallel.shard import ClassShard
+from megaclass.train import build
+
+_BATCHES_SHOWN = 2
+
+
+def describe(config: Config) -> str:
+    """Everything a run would do first, as text; opens the data set and finds what is wrong with it.
+
+    Raises:
+        ConfigError, DataError: as the run would.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    build.check_batch(config, size)
+    world = World(0, 1, 0, choose_device("cpu", 0), None, None)
+    reader = build.build_reader(config, world)
+    evaluation = open_evaluation(config)
+    options = config.classifier
+    preset = presets.resolve(
+        options.preset, scale=options.scale, margin=options.margin, end_point=options.end_point,
+        sampling_rate=options.sampling_rate, batch_positives=options.batch_positives,
+    )  # fmt: skip
+    presets.check_exponents(preset.scale, reader.num_classes)
+    steps = build.number_of_steps(config, reader)
+    shards = [ClassShard(reader.num_classes, rank, size) for rank in range(size)]
+    row_bytes = config.backbone.dim * build.row_dtype(config).itemsize
+    states = {"sgd": 1 if config.optim.momentum else 0, "adamw": 2}[config.optim.class_name]
+    lines = [
+        "# resolved configuration",
+        config.to_yaml(),
+        "# plan",
+        f"loss: {preset.objective} with margin {preset.margin_kind}, negatives {preset.sampler}, scale {preset.scale}",
+        f"ranks: {size}; rows per rank: {', '.join(str(shard.num_rows) for shard in shards[:8])}"
+        f"{', ...' if size > 8 else ''}",
+        f"class rows and optimizer state of the largest shard: {(1 + states) * shards[0].num_rows * row_bytes:,} bytes",
+        f"steps: {steps}, {steps * config.train.global_batch_size / reader.num_samples:.2f} epochs of "
+        f"{reader.num_samples:,} samples",
+        f"evaluation: {'none' if evaluation is None else f'{len(evaluation.sources):,} samples of {evaluation.folder}'}",
+        "# order of the data (global batch, all ranks)",
+    ]
+    batches = iter(reader)
+    for number in range(_BATCHES_SHOWN):
+        ids = next(batches).ids.tolist()
+        lines.append(f"micro-batch {number}: samples {', '.join(map(str, ids[:12]))}{', ...' if len(ids) > 12 else ''}")
+    reader.close()
+    return "\n".join(lines) + "\n"

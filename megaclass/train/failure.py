@@ -1,0 +1,48 @@
+"""What a rank says when another one has failed: the other's reason, not the broken connection it noticed itself.
+
+A rank that stops because of what the user gave tells the others why before it leaves. Those notice a lost connection in
+their next collective, look for a reason, and end in the same way. Without one they report a lost peer.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+
+from megaclass import errors
+from megaclass.errors import PeerError, UserError
+from megaclass.parallel.process import World
+
+_KEY = "failure"
+_SECONDS_TO_LOOK = 3.0
+_KINDS = {kind.__name__: kind for kind in UserError.__subclasses__()}
+
+# What torch says when a connection or a peer is gone, or did not come in time; anything else is our own fault.
+_SIGNS = ("gloo", "connection", "nccl", "timed out", "timeout", "socket", "peer", "store")
+
+
+def tell_peers(world: World, error: UserError) -> None:
+    """Leave the reason of this rank's failure for the others, unless it only repeats another's."""
+    if world.store is None or isinstance(error, PeerError) or getattr(error, "is_repeated", False):
+        return
+    with suppress(RuntimeError):
+        world.publish(_KEY, json.dumps({"kind": type(error).__name__, "reason": str(error), "rank": world.rank}))
+
+
+def explain(world: World, error: RuntimeError) -> Exception:
+    """The error to raise in place of `error`: another rank's reason, a lost peer, or `error` itself if it is neither."""
+    text = str(error)
+    if world.store is None or not any(sign in text.lower() for sign in _SIGNS):
+        return error
+    deadline = time.monotonic() + _SECONDS_TO_LOOK
+    with suppress(RuntimeError):
+        while time.monotonic() < deadline:
+            if world.store.check([_KEY]):
+                told = json.loads(world.store.get(_KEY))
+                repeated: UserError = _KINDS[told["kind"]](f"rank {told['rank']} has failed: {told['reason']}")
+                repeated.is_repeated = True  # type: ignore[attr-defined]
+                return repeated
+            time.sleep(0.05)
+    first_line = text.strip().splitlines()[0][:300]
+    return errors.PeerError(f"rank {world.rank} lost another rank ({first_line}); see the log of the rank that ended")

@@ -1,0 +1,78 @@
+"""How a process of a run ended: the record that outlives it, and the exit code it shows to whom.
+
+Separate from the guard because it must work when everything else has failed. An agent (torchrun) restarts every rank
+when one ends with a code other than 0 and then hides that code; so a fault that a restart cannot mend is written down
+here and shown to the agent as success, and `launch/torchrun.sh` reads the record to return the true code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from megaclass.train.durable import replace_bytes
+
+OUTCOME = "outcome.json"
+PREEMPTED = 75
+"""Exit code of a run that was told to stop and has saved its state."""
+
+_PERMANENT = (2, 3, 4, 5)
+_PEER = 6
+
+_log = logging.getLogger(__name__)
+
+
+def record_outcome(run_dir: Path | None, rank: int, code: int, reason: str, step: int | None) -> None:
+    """Write down how this rank ended as `{code, reason, rank, step}`; never raises, since the code counts for more.
+
+    `outcome.json` in the run directory tells of the run: of rank 0 when it ended well, otherwise of the cause. A fault
+    of a rank's own stays when others report that they lost a peer (6), and replaces that. If the environment names a
+    folder in MEGACLASS_OUTCOME_DIR, `rank-<rank>.json` there tells of this rank.
+
+    Args:
+        run_dir: None where this process does not own the run directory: the record there belongs to another run.
+        rank: of this process.
+        code: exit code, see `megaclass.errors`; 0 done, 75 preempted and saved.
+        reason: one line.
+        step: steps taken, None where the run did not come that far.
+    """
+    content = {"code": code, "reason": " ".join(reason.split()), "rank": rank, "step": step}
+    raw = (json.dumps(content) + "\n").encode()
+    wanted = []
+    if run_dir is not None and _tells_more(content, Path(run_dir) / OUTCOME):
+        wanted.append(Path(run_dir) / OUTCOME)
+    if folder := os.environ.get("MEGACLASS_OUTCOME_DIR"):
+        wanted.append(Path(folder) / f"rank-{rank}.json")
+    for path in wanted:
+        try:
+            replace_bytes(path, raw)
+        except OSError as error:
+            _log.warning("outcome of rank %d could not be written to %s: %s", rank, path, error.strerror)
+
+
+def exit_code_for_process(code: int, under_agent: bool) -> int:
+    """The code a process ends with: under an agent 0 for everything that a restart cannot mend, alone `code`."""
+    return 0 if under_agent and code in (*_PERMANENT, PREEMPTED) else code
+
+
+def is_under_agent() -> bool:
+    """Whether a torchrun agent has started this process and would start it again."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _tells_more(content: dict[str, Any], path: Path) -> bool:
+    """Whether an outcome says more about the end of the run than the one recorded already."""
+    if content["code"] in (0, PREEMPTED) and content["rank"] != 0:
+        return False
+    try:
+        recorded = json.loads(path.read_bytes()[:100_000])["code"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    return _weight(content["code"]) > _weight(recorded)
+
+
+def _weight(code: Any) -> int:
+    return {0: 0, PREEMPTED: 0, _PEER: 1}.get(code, 2) if isinstance(code, int) else 0

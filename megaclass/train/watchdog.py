@@ -1,0 +1,113 @@
+"""Ending a process that hangs: the only cure for a collective that waits for a rank that will never come.
+
+Separate because it runs in a thread of its own beside everything else, and ends the process without asking.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaclass.errors import PeerError
+from megaclass.train.outcome import record_outcome
+
+
+@dataclass(frozen=True)
+class Hang:
+    """What is known when nothing has happened for too long: the last phase and step, and for how long."""
+
+    phase: str
+    step: int
+    seconds: float
+
+
+class Watchdog:
+    """Calls `on_hang` once if no beat comes for `seconds`; a `with` block, in which a thread watches.
+
+    Time in which the process itself was stopped (SIGSTOP, a suspended computer) does not count, since then the
+    watching thread stood still as well. Cost: a beat is one assignment; the thread wakes at most twenty times within
+    the limit.
+
+    Args:
+        seconds: longest time between two beats, outside of pauses.
+        on_hang: called in the watching thread; `end_process` makes the usual one.
+    """
+
+    def __init__(self, seconds: float, on_hang: Callable[[Hang], None]) -> None:
+        assert seconds > 0, seconds
+        self._seconds = seconds
+        self._on_hang = on_hang
+        self._last: tuple[str, int] = ("start", 0)
+        self._num_pauses = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def beat(self, phase: str, step: int) -> None:
+        """Say that step `step` has come to `phase`."""
+        # A new tuple every time: the watching thread compares identities and needs no lock.
+        self._last = (phase, step)
+
+    @contextmanager
+    def pause(self, phase: str) -> Iterator[None]:
+        """A block that may take as long as it needs, such as an evaluation; pauses may nest."""
+        step = self._last[1]
+        self._last = (phase, step)
+        self._num_pauses += 1
+        try:
+            yield
+        finally:
+            self._last = (f"after {phase}", step)
+            self._num_pauses -= 1
+
+    def _watch(self) -> None:
+        interval = min(self._seconds / 20, 1.0)
+        seen, num_intervals = self._last, 0
+        while not self._done.wait(interval):
+            last = self._last
+            num_intervals = 0 if last is not seen or self._num_pauses else num_intervals + 1
+            seen = last
+            if num_intervals * interval >= self._seconds:
+                self._on_hang(Hang(last[0], last[1], num_intervals * interval))
+                return
+
+
+def end_process(run_dir: Path, rank: int) -> Callable[[Hang], None]:
+    """The `on_hang` of a run: stacks of all threads to `stacks-rank-R.txt`, one line, the outcome, and exit code 6.
+
+    The process ends by `os._exit`: neither a hung collective nor the clean-up of its group can be interrupted.
+    """
+
+    def end(hang: Hang) -> None:
+        stacks = Path(run_dir) / f"stacks-rank-{rank}.txt"
+        line = (
+            f"rank {rank} on host {socket.gethostname()} hangs: nothing for {hang.seconds:.0f} s since phase "
+            f"{hang.phase!r} of step {hang.step} (run.hang_seconds); its stacks are in {stacks}; another rank may be "
+            "the cause, see their logs"
+        )
+        try:
+            with stacks.open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            line += f" (not written: {error.strerror})"
+        try:
+            # Not print: the thread that hangs may hold the lock of the stream.
+            os.write(2, f"{line}\n".encode())
+            record_outcome(run_dir, rank, PeerError.exit_code, line, hang.step)
+        finally:
+            os._exit(PeerError.exit_code)
+
+    return end

@@ -1,0 +1,69 @@
+"""Small real training runs inside `spawn`: the same code as `megaclass train`, without starting Python anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megaclass import config
+from megaclass.observe.journal import read_metrics
+from megaclass.parallel.process import World
+from megaclass.train.guard import own_run_directory
+from megaclass.train.run import Run
+from tests.support.spawn import spawn
+from tests.support.tiny_dataset import write_tiny_dataset
+
+
+def small_dataset(folder: Path) -> Path:
+    """37 classes of 5 samples, and 6 unseen ones: nothing divides by anything."""
+    return write_tiny_dataset(folder, num_classes=37, samples_per_class=5, num_shards=3, unseen_classes=6)
+
+
+def small_config(dataset: Path, run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A configuration for it as a plain dictionary; `sections` are merged over it."""
+    content: dict[str, Any] = {
+        "dataset": {"path": str(dataset), "image_size": 16, "channels": 1, "augment": {"shift": 0.1, "rotation": 10}},
+        "backbone": {"name": "tiny", "dim": 16, "width": 0.5, "batch_norm": "sync"},
+        "classifier": {"preset": "d-softmax-k", "scale": 16, "sampling_rate": 0.3},
+        "optim": {"lr": 0.05, "warmup_steps": 5, "ema_decay": 0.9},
+        "train": {"steps": 50, "global_batch_size": 12, "checkpoint_every": 100, "seed": 3},
+        "evaluate": {"protocols": ["retrieval"]},
+        "run": {"dir": str(run_dir), "log_every": 1, "log_sample_ids": True, "hang_seconds": 60},
+    }
+    for name, options in sections.items():
+        content[name] = {**content.get(name, {}), **options}
+    return content
+
+
+def train_rank(world: World, content: dict[str, Any]) -> int:
+    """One rank of a run; its exit code."""
+    resolved = config.validate(content)
+    with own_run_directory(resolved.run.dir, world):
+        run = Run(resolved, world)
+        try:
+            return run.go()
+        finally:
+            run.close()
+
+
+def train(content: dict[str, Any], world_size: int = 1, code: int = 0) -> list[dict[str, Any]]:
+    """Run to the end on `world_size` ranks; the lines of metrics.jsonl that stand."""
+    assert spawn(train_rank, world_size, content) == [code] * world_size
+    return read_metrics(Path(content["run"]["dir"]))
+
+
+def sample_ids(run_dir: Path) -> dict[int, list[int]]:
+    """Ids used in each step over all ranks, in rank order; of several attempts the highest stands."""
+    import json
+
+    found: dict[tuple[int, int], dict[int, list[int]]] = {}
+    for path in sorted((run_dir / "samples").glob("*.jsonl")):
+        rank = int(path.stem.rsplit("-", 1)[1])
+        for text in path.read_text().splitlines():
+            line = json.loads(text)
+            found.setdefault((line["step"], line["attempt"]), {})[rank] = line["ids"]
+    steps: dict[int, list[int]] = {}
+    for step, attempt in sorted(found):
+        ranks = found[step, attempt]
+        steps[step] = [sample for rank in sorted(ranks) for sample in ranks[rank]]
+    return steps

@@ -1,0 +1,296 @@
+"""The launch scripts: what they resolve to, the exit code they give, and what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+TORCHRUN = LAUNCH / "torchrun.sh"
+
+# Stands in for the trainer: says that it runs, then records the code it was given, waits for a signal, or crashes.
+WORKER = """
+import json, os, signal, sys, time
+
+folder, what = sys.argv[1:]
+rank, restarts = os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+def leave(code):
+    with open(os.environ["MEGACLASS_OUTCOME_DIR"] + f"/rank-{rank}.json", "w") as file:
+        json.dump({"code": code, "reason": 'say "code": 3', "rank": int(rank), "step": 7}, file, indent=1)
+    sys.exit(0)
+
+signals = []
+for name in ("SIGTERM", "SIGUSR1"):
+    signal.signal(getattr(signal, name), lambda number, _: signals.append(signal.Signals(number).name))
+open(f"{folder}/pid-{rank}-{restarts}", "w").write(str(os.getpid()))
+while what == "wait" and not signals:
+    time.sleep(0.02)
+if what == "wait":
+    open(f"{folder}/signal-{rank}", "w").write(signals[0])
+    leave(75)
+if what == "crash once" and rank == "1" and restarts == 0:
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == "crash" and rank == "1":
+    sys.exit(1)
+leave(0)
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | more
+
+
+def bash(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", *map(str, command)], capture_output=True, text=True, timeout=60, env=environment(**more)
+    )
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: object, seconds: float = 60.0) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Launchers started by a test; whatever is still there afterwards is killed."""
+    launchers: list[subprocess.Popen[str]] = []
+    yield launchers
+    for launcher in launchers:
+        if launcher.poll() is None:
+            launcher.kill()
+        launcher.communicate()
+    for path in tmp_path.rglob("pid-*"):
+        if is_running(int(path.read_text())):
+            os.kill(int(path.read_text()), signal.SIGKILL)
+
+
+def command_line(folder: Path, what: str, *options: str) -> list[str]:
+    (folder / "worker.py").write_text(WORKER)
+    return [str(TORCHRUN), *options, "--nproc-per-node", "2", str(folder / "worker.py"), str(folder), what]
+
+
+def start(started: list[subprocess.Popen[str]], folder: Path, what: str) -> tuple[subprocess.Popen[str], Path]:
+    """A launcher of two ranks, and the folder they write to."""
+    folder.mkdir()
+    pipe = subprocess.PIPE
+    own = environment(TMPDIR=str(folder))  # a launcher that is killed cannot tidy up
+    launcher = subprocess.Popen(command_line(folder, what), stdout=pipe, stderr=pipe, text=True, env=own)
+    started.append(launcher)
+    return launcher, folder
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """The process ids of both ranks, as soon as they run."""
+    paths = [folder / f"pid-{rank}-0" for rank in (0, 1)]
+    wait_until(lambda: all(path.exists() and path.read_text() for path in paths))
+    return [int(path.read_text()) for path in paths]
+
+
+@pytest.mark.parametrize("name", ["torchrun.sh", "docker.sh", "slurm.sbatch"])
+def test_scripts_are_short_strict_and_parse(name: str) -> None:
+    script = LAUNCH / name
+    assert bash("-n", script).returncode == 0
+    text = script.read_text()
+    assert len(text.splitlines()) <= 60
+    assert "\nset -euo pipefail\n" in text
+    assert os.access(script, os.X_OK) == name.endswith(".sh")
+
+
+# Which recorded codes and which code of torchrun's make which exit code, with a torchrun that only pretends.
+@pytest.mark.parametrize(
+    ("recorded", "torchrun_code", "expected"),
+    [
+        ("", 0, 0),
+        ("0:0 1:0", 0, 0),
+        ("", 1, 6),
+        ("", 137, 6),
+        ("0:0 1:0", 1, 6),
+        ("0:6 1:6", 1, 6),
+        ("", 2, 2),
+        ("0:75 1:75", 0, 75),
+        ("0:75 1:75", 1, 75),
+        ("0:75 1:3", 0, 3),
+        ("2:4 10:3", 0, 4),
+        ("0:0 1:5", 1, 5),
+        ("0:23 1:175", 0, 0),
+    ],
+)
+def test_the_exit_code(tmp_path: Path, recorded: str, torchrun_code: int, expected: int) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "torchrun.sh").write_text(TORCHRUN.read_text())
+    fake = tmp_path / "torchrun"
+    fake.write_text(
+        "#!/bin/bash\nfor record in $RECORDED; do\n"
+        'echo "{\\"reason\\": \\"\\\\\\"code\\\\\\": 4\\", \\"code\\": ${record#*:}, \\"step\\": 3}"'
+        ' > "$MEGACLASS_OUTCOME_DIR/rank-${record%:*}.json"\ndone\nexit "$CODE"\n'
+    )
+    fake.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    temporary = tmp_path / "with a space"
+    temporary.mkdir()
+    more = {"PATH": path, "RECORDED": recorded, "CODE": str(torchrun_code), "TMPDIR": str(temporary)}
+    done = bash(tmp_path / "launch" / "torchrun.sh", "x.py", **more)
+    assert done.returncode == expected, done.stderr
+    assert done.stderr == (f"launch/torchrun.sh: exit code {expected}\n" if expected else "")
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_standalone"),
+    [
+        ("-m megaclass train --dry-run --master.x 3", True),
+        ("x.py --nnodes 2", True),
+        ("--nnodes 2 x.py", False),
+        ("--nnodes=2 x.py", False),
+        ("--rdzv-endpoint here:1 x.py", False),
+        ("--rdzv_endpoint here:1 x.py", False),
+        ("--master-port 1 x.py", False),
+    ],
+)
+def test_the_resolved_command(arguments: str, is_standalone: bool) -> None:
+    done = bash(TORCHRUN, "--dry-run", *shlex.split(arguments))
+    assert done.returncode == 0
+    words = shlex.split(done.stdout)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in words
+    given = words[next(i for i, word in enumerate(words) if word.endswith("/torchrun")) + 1 :]
+    fixed = ["--max-restarts", "1000", "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    assert given == fixed + ["--standalone"] * is_standalone + shlex.split(arguments)
+
+
+def test_threads_are_the_cores_of_a_rank_unless_the_user_says_otherwise() -> None:
+    cores = len(os.sched_getaffinity(0))
+    for option in ("--nproc-per-node 1", "--nproc_per_node=1", ""):
+        assert f"OMP_NUM_THREADS={cores} " in bash(TORCHRUN, "--dry-run", *option.split(), "x.py").stdout
+    assert "OMP_NUM_THREADS=1 " in bash(TORCHRUN, "--dry-run", "--nproc-per-node", "9999", "x.py").stdout
+    assert "OMP_NUM_THREADS=7 " in bash(TORCHRUN, "--dry-run", "x.py", OMP_NUM_THREADS="7").stdout
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("what", "options", "expected"), [("crash once", [], 0), ("crash", ["--max-restarts=0"], 6)])
+def test_a_dead_rank_is_restarted_or_ends_the_run(tmp_path: Path, what: str, options: list[str], expected: int) -> None:
+    done = bash(*command_line(tmp_path, what, *options))
+    assert done.returncode == expected, done.stderr
+    assert (tmp_path / "pid-1-1").exists() == (what == "crash once")
+
+
+@pytest.mark.distributed
+def test_a_signal_reaches_the_ranks_and_their_code_comes_back(
+    tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    names = ("SIGTERM", "SIGUSR1")
+    launched = [start(started, tmp_path / name, "wait") for name in names]  # both at once, to save time
+    for name, (launcher, folder) in zip(names, launched, strict=True):
+        ranks = ranks_of(folder)
+        launcher.send_signal(getattr(signal, name))
+        assert launcher.wait(60) == 75
+        assert [(folder / f"signal-{rank}").read_text() for rank in (0, 1)] == [name, name]
+        assert not any(map(is_running, ranks))
+
+
+@pytest.mark.distributed
+def test_no_rank_outlives_torchrun_or_the_launcher(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
+    launcher, folder = start(started, tmp_path / "torchrun", "wait")
+    other, other_folder = start(started, tmp_path / "launcher", "wait")
+    ranks, other_ranks = ranks_of(folder), ranks_of(other_folder)
+    agent = int(Path(f"/proc/{ranks[0]}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    os.kill(agent, signal.SIGKILL)
+    other.kill()
+    assert launcher.wait(60) == 75  # the ranks were told in time to save
+    assert not any(map(is_running, ranks))
+    wait_until(lambda: not any(map(is_running, other_ranks)), seconds=30)
+    assert (other_folder / "signal-0").read_text() == "SIGTERM"
+
+
+def test_the_srun_line() -> None:
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "h200:8", "SLURM_CPUS_ON_NODE": "64"}
+    done = bash(LAUNCH / "slurm.sbatch", "--dry-run", "c.yaml", "--a.b", "x y", MASTER_ADDR="10.0.0.1", **job)
+    words = shlex.split(done.stdout)
+    assert words[:6] == ["srun", "--nodes", "2", "--ntasks-per-node", "1", "--cpus-per-task"]
+    assert words[words.index("launch/torchrun.sh") :] == [
+        *("launch/torchrun.sh", "--nnodes", "2", "--nproc-per-node", "8", "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", "10.0.0.1:20077", "--rdzv-id", "77-0", "-m", "megaclass", "train", "c.yaml"),
+        *("--a.b", "x y"),
+    ]
+    nothing = bash(LAUNCH / "slurm.sbatch", "--dry-run")
+    assert nothing.returncode == 2
+    assert nothing.stderr == "launch/slurm.sbatch: give a configuration, for example configs/demo.yaml\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "is_signalled", "state", "is_requeued"),
+    [
+        (0, False, "RUNNING", False),
+        (3, True, "RUNNING", False),
+        (6, False, "RUNNING", False),
+        (6, True, "RUNNING", True),
+        (75, False, "RUNNING", True),
+        (75, True, "RUNNING", True),
+        (75, True, "COMPLETING", False),
+    ],
+)
+def test_a_preempted_job_is_requeued(
+    tmp_path: Path, code: int, is_signalled: bool, state: str, is_requeued: bool
+) -> None:
+    """With commands of Slurm's that only pretend; srun waits for the signal that is passed on to it."""
+    wait = f"trap 'touch {tmp_path}/got-usr1; exit {code}' USR1\nkill -USR1 $PPID\nwhile :; do sleep 0.05; done"
+    commands = {
+        "srun": wait if is_signalled else f"exit {code}",
+        "squeue": f"echo {state}",
+        "scontrol": f'if [[ $1 == show ]]; then echo n1; echo n2; else echo "$@" > {tmp_path}/requeued; fi',
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    more = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-2]"}
+    done = bash(LAUNCH / "slurm.sbatch", "c.yaml", **more)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "got-usr1").exists() == is_signalled
+    requeued = tmp_path / "requeued"
+    assert (requeued.read_text() if requeued.exists() else "") == ("requeue 77\n" if is_requeued else "")
+
+
+def test_the_docker_line(tmp_path: Path) -> None:
+    script = LAUNCH / "docker.sh"
+    arguments = ["--dry-run", "--image", "mine", "--data", str(tmp_path / "a b"), "--runs", "r", "--shm", "2g"]
+    words = shlex.split(bash(script, *arguments, "megaclass", "train", "--observe.metrics-port", "9500").stdout)
+    assert words[:2] == ["docker", "run"]
+    assert words[-5:] == ["mine", "megaclass", "train", "--observe.metrics-port", "9500"]
+    for expected in (f"{tmp_path}/a b:/work/data", f"{Path.cwd()}/r:/work/runs", "2g", "memlock=-1", "--init"):
+        assert expected in words
+    assert "--no-healthcheck" not in words
+    assert "--no-healthcheck" in bash(script, "--dry-run", "megaclass", "doctor").stdout
+    assert not (tmp_path / "a b").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "give a command, for example: megaclass --help"),
+        ("--gpus 2 x", "unknown option --gpus; allowed are --dry-run, --image, --data, --runs and --shm"),
+        ("--image", "--image has no value; give it as --image VALUE"),
+    ],
+)
+def test_docker_options_that_are_wrong(arguments: str, message: str) -> None:
+    done = bash(LAUNCH / "docker.sh", *arguments.split())
+    assert (done.returncode, done.stderr) == (2, f"launch/docker.sh: {message}\n")

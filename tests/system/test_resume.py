@@ -1,0 +1,188 @@
+"""Stopping and continuing: to the bit at the same world size, within rounding at another, every sample once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megaclass.errors import CheckpointError
+from megaclass.observe.journal import read_metrics
+from megaclass.train.checkpoint import find_latest, verify
+from tests.support.training import sample_ids, small_config, small_dataset, train
+
+STEPS = 31  # two epochs of 185 samples in batches of 12, and one sample more
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+def config_for(dataset: Path, run_dir: Path, **train_options: Any) -> dict[str, Any]:
+    return small_config(dataset, run_dir, train={"steps": STEPS, "checkpoint_every": 8, **train_options})
+
+
+def start(content: dict[str, Any], world_size: int, *more: str) -> subprocess.Popen[str]:
+    """`megaclass train` as a user starts it, alone or under torchrun, in a session of its own."""
+    run_dir = Path(content["run"]["dir"])
+    path = run_dir.parent / f"{run_dir.name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    program = ["-m", "megaclass", "train", str(path), *more]
+    command = [sys.executable, *program]
+    if world_size > 1:
+        command = [str(ROOT / "launch" / "torchrun.sh"), "--nproc-per-node", str(world_size), *program]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        lines = read_metrics(run_dir)
+        if lines and lines[-1]["step"] >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def digest(run_dir: Path) -> str:
+    path = find_latest(run_dir / "checkpoints")
+    assert path is not None
+    outcome = verify(path)
+    assert outcome.ok, outcome.faults
+    return outcome.as_dict()["digest"]
+
+
+def assert_every_sample_once_per_epoch(run_dir: Path, num_samples: int = 185) -> None:
+    ids = [sample for step, used in sorted(sample_ids(run_dir).items()) for sample in used]
+    for epoch in range(len(ids) // num_samples):
+        assert Counter(ids[epoch * num_samples : (epoch + 1) * num_samples]) == Counter(range(num_samples)), epoch
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("preset", ["d-softmax-k", "partial-fc"])
+def test_killed_and_continued_equals_uninterrupted_to_the_bit(
+    dataset: Path, tmp_path: Path, world_size: int, preset: str
+) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    classifier = {"preset": preset, "sampling_rate": 0.3}
+    expected = train({**config_for(dataset, straight), "classifier": classifier}, world_size)
+    content = {**config_for(dataset, broken), "classifier": classifier}
+    process = start(content, world_size)
+    wait_for_step(broken, 11, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert find_latest(broken / "checkpoints").name.startswith(("step-000000008", "step-000000016", "step-000000024"))
+    actual = train(content, world_size)
+    assert [line["loss_hex"] for line in actual] == [line["loss_hex"] for line in expected]
+    assert {line["attempt"] for line in actual} == {1, 2}
+    assert sample_ids(broken) == sample_ids(straight)
+    assert_every_sample_once_per_epoch(broken)
+    assert digest(broken) == digest(straight)
+    summary = json.loads((broken / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert summary["attempts"] == 2
+    assert summary["samples"]["trained"] == STEPS * 12
+    assert summary["samples"]["read"] == summary["samples"]["trained"]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "relative"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_continued_at_other_world_sizes(dataset: Path, tmp_path: Path, precision: str, relative: float) -> None:
+    straight, moved = tmp_path / "straight", tmp_path / "moved"
+    expected = train(config_for(dataset, straight, precision=precision), 1)
+    for world_size, last in ((2, 8), (3, 16), (1, 24), (4, STEPS)):
+        stop_at(dataset, moved, world_size, last, precision)
+    actual = read_metrics(moved)
+    assert len(actual) == STEPS
+    assert [line["world_size"] for line in actual] == [2] * 8 + [3] * 8 + [1] * 8 + [4] * 7
+    for one, two in zip(expected, actual, strict=True):
+        assert abs(one["loss"] - two["loss"]) <= relative * abs(one["loss"]), one["step"]
+    assert sample_ids(moved) == sample_ids(straight)
+    assert_every_sample_once_per_epoch(moved)
+
+
+def stop_at(dataset: Path, run_dir: Path, world_size: int, last: int, precision: str) -> None:
+    """Run on until step `last` has its checkpoint, then die there without a word."""
+    from tests.support.spawn import spawn
+
+    content = config_for(dataset, run_dir, precision=precision)
+    spawn(train_until, world_size, content, last)
+
+
+def train_until(world: Any, content: dict[str, Any], last: int) -> None:
+    from megaclass import config
+    from megaclass.train import loop
+    from megaclass.train.guard import own_run_directory
+    from megaclass.train.run import Run
+
+    with own_run_directory(Path(content["run"]["dir"]), world):
+        run = Run(config.validate(content), world)
+        original = loop.Hooks.__init__
+
+        def hooks(self: Any, should_stop: Any, *rest: Any) -> None:
+            original(self, lambda step: step >= last, *rest)
+
+        loop.Hooks.__init__ = hooks
+        try:
+            run.go()
+        finally:
+            run.close()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_terminated_saves_and_continues(dataset: Path, tmp_path: Path, world_size: int) -> None:
+    run_dir = tmp_path / "run"
+    content = small_config(dataset, run_dir, train={"steps": 4000, "checkpoint_every": 100_000})
+    process = start(content, world_size)
+    wait_for_step(run_dir, 5, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    outcome = json.loads((run_dir / "outcome.json").read_text())
+    assert outcome["code"] == 75
+    path = find_latest(run_dir / "checkpoints")
+    assert path is not None
+    assert verify(path).step == outcome["step"] >= 5
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "preempted"
+
+
+def test_changed_configuration_is_refused_with_the_difference(dataset: Path, tmp_path: Path) -> None:
+    content = config_for(dataset, tmp_path / "run")
+    content["train"]["steps"] = 3
+    content["optim"]["warmup_steps"] = 1
+    train(content)
+    content["optim"]["lr"] = 0.07
+    process = start(content, 1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == CheckpointError.exit_code == 4
+    assert "was trained with another configuration: optim.lr: 0.05 -> 0.07; give the old values" in output
+    assert "Traceback" not in output
+
+
+def test_a_finished_run_is_evaluated_again_and_trains_no_further(dataset: Path, tmp_path: Path) -> None:
+    content = config_for(dataset, tmp_path / "run")
+    content["train"]["steps"] = 9
+    first = train(content)
+    before = digest(tmp_path / "run")
+    assert train(content) == first
+    assert digest(tmp_path / "run") == before

@@ -1,0 +1,60 @@
+"""Training does not depend on the number of ranks: losses within rounding, the same samples, for every preset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.cases import ALL_PRESETS
+from tests.support.training import sample_ids, small_config, small_dataset, train
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+def classifier_options(preset: str) -> dict[str, object]:
+    sampled = preset in ("partial-fc", "d-softmax-b", "d-softmax-k")
+    return {"preset": preset, "scale": 16, "sampling_rate": 0.3 if sampled else None}
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "relative"), [("float64", 1e-9), ("float32", 1e-5)])
+@pytest.mark.parametrize("preset", ALL_PRESETS)
+def test_losses_of_50_steps_agree(dataset: Path, tmp_path: Path, preset: str, precision: str, relative: float) -> None:
+    runs = {}
+    for world_size in (1, 2, 3):
+        content = small_config(
+            dataset, tmp_path / f"world-{world_size}", train={"precision": precision}, optim={"ema_decay": None},
+            evaluate={"protocols": []},
+        )  # fmt: skip
+        content["classifier"] = classifier_options(preset)
+        runs[world_size] = train(content, world_size), sample_ids(tmp_path / f"world-{world_size}")
+    lines, ids = runs[1]
+    assert len(lines) == len(ids) == 50
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    for world_size in (2, 3):
+        other, other_ids = runs[world_size]
+        assert other_ids == ids
+        for one, two in zip(lines, other, strict=True):
+            assert abs(one["loss"] - two["loss"]) <= relative * abs(one["loss"]), (world_size, one["step"])
+
+
+@pytest.mark.distributed
+def test_accumulation_sees_the_same_samples_and_still_learns(dataset: Path, tmp_path: Path) -> None:
+    losses = {}
+    for steps in (1, 2, 3):
+        run_dir = tmp_path / f"accumulate-{steps}"
+        content = small_config(
+            dataset, run_dir, train={"accumulation_steps": steps, "steps": 20, "precision": "float64"},
+            classifier={"preset": "softmax", "sampling_rate": None}, backbone={"batch_norm": "local"},
+        )  # fmt: skip
+        losses[steps] = [line["loss"] for line in train(content, world_size=2)]
+        by_step = {step: sorted(ids) for step, ids in sample_ids(run_dir).items()}
+        if steps > 1:
+            assert by_step == expected
+        expected = by_step
+        assert losses[steps][-1] < losses[steps][0]

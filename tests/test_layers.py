@@ -1,0 +1,162 @@
+"""The shape of the code, enforced: who may import whom, one file that communicates, sizes, forbidden names."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "megaclass").rglob("*.py"))
+
+# Highest first; a file may import from its own layer and below. The longest matching prefix counts.
+LAYERS = {
+    "cli": 6,
+    "__main__": 6,
+    "train.run": 5,
+    "train.trained": 5,
+    "train.dry_run": 5,
+    "train.build": 5,
+    "train": 4,
+    "evaluate": 4,
+    "prepare": 4,
+    "observe.report": 4,
+    "classifier": 3,
+    "sampling": 2,
+    "optim": 2,
+    "data": 2,
+    "observe": 2,
+    "parallel": 1,
+    "backbones": 1,
+    "data.batch": 1,
+    "data.manifest": 1,
+    "config": 1,
+    "objectives": 0,
+    "kernels": 0,
+    "errors": 0,
+    "": 0,
+}
+COMMUNICATION = {
+    "all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "all_to_all", "all_to_all_single",
+    "broadcast", "gather", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "scatter",
+    "send", "recv", "isend", "irecv", "all_gather_object", "broadcast_object_list", "gather_object", "barrier",
+}  # fmt: skip
+OPTIONAL = {"deepspeed", "nvidia", "triton", "onnx"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT / "megaclass").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def layer(module: str) -> int:
+    return LAYERS[
+        max((name for name in LAYERS if module == name or module.startswith(f"{name}.") or not name), key=len)
+    ]
+
+
+def imports(tree: ast.AST) -> list[tuple[str, ast.AST]]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append((node.module, node))
+            found += [(f"{node.module}.{alias.name}", node) for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_go_down_only(path: Path) -> None:
+    own = layer(module_name(path))
+    for name, _ in imports(ast.parse(path.read_text())):
+        if name == "megaclass" or not name.startswith("megaclass."):
+            continue
+        target = name.removeprefix("megaclass.")
+        if not any(
+            (ROOT / "megaclass" / Path(*target.split("."))).with_suffix(suffix).exists() for suffix in ("", ".py")
+        ):
+            continue  # a name in a module, whose module is listed as well
+        assert layer(target) <= own, f"{module_name(path)} (layer {own}) imports {target} (layer {layer(target)})"
+        assert target != "cli" or own == 6, "the command line is imported by nothing below it"
+
+
+def test_objectives_and_kernels_are_pure() -> None:
+    for path in FILES:
+        module = module_name(path)
+        if module.split(".")[0] not in ("objectives", "kernels"):
+            continue
+        for name, _ in imports(ast.parse(path.read_text())):
+            allowed = ("torch", "megaclass.errors", f"megaclass.{module.split('.')[0]}", "megaclass.objectives")
+            standard = name.split(".")[0] in (
+                "__future__",
+                "collections",
+                "dataclasses",
+                "typing",
+                "math",
+                "functools",
+                "difflib",
+            )
+            assert standard or name.startswith(allowed), f"{module} imports {name}"
+            assert not name.startswith("torch.distributed"), f"{module} imports {name}"
+
+
+def test_only_one_file_communicates_and_one_starts_the_group() -> None:
+    for path in FILES:
+        module = module_name(path)
+        tree = ast.parse(path.read_text())
+        uses = {name for name, _ in imports(tree) if name.startswith("torch.distributed")}
+        if module not in ("parallel.collectives", "parallel.process"):
+            assert not uses, f"{module} imports {uses}; tensors are sent in parallel/collectives.py"
+        calls = {
+            node.func.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name) and node.func.value.id == "dist"
+        }  # fmt: skip
+        if module != "parallel.collectives":
+            # The barrier that processes part at is the one exception.
+            assert calls & COMMUNICATION <= ({"barrier"} if module == "parallel.process" else set()), (module, calls)
+        if module != "parallel.process":
+            assert not calls & {"init_process_group", "destroy_process_group"}, module
+
+
+def test_optional_packages_are_imported_where_they_are_needed() -> None:
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            for name, _ in imports(node) if isinstance(node, ast.Import | ast.ImportFrom) else []:
+                assert name.split(".")[0] not in OPTIONAL, f"{module_name(path)} imports {name} at its top"
+
+
+def test_no_pickle_and_no_shell() -> None:
+    forbidden = {"pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "subprocess"}
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        assert not forbidden & {name.split(".")[0] for name, _ in imports(tree)}, module_name(path)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "os.system", "torch.load", "torch.save", "yaml.load"), (
+                    module_name(path), called,
+                )  # fmt: skip
+                for keyword in node.keywords:
+                    is_unsafe = keyword.arg == "allow_pickle" and getattr(keyword.value, "value", None) is not False
+                    assert not is_unsafe, module_name(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_sizes(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 400, "two ideas in one file?"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            documented = ast.get_docstring(node)
+            length -= documented.count("\n") + 1 if documented else 0
+            assert length <= 60, f"{node.name} has {length} lines without its docstring"
+
+
+def test_no_file_without_a_concept() -> None:
+    for path in FILES:
+        assert path.stem not in ("utils", "util", "common", "helpers", "helper", "misc", "core", "base"), path

@@ -1,0 +1,159 @@
+"""Worker processes: same batches, same errors, no process left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaclass.data.bad_samples import SkipBudget
+from megaclass.data.batch import Batch
+from megaclass.data.reader import BatchReader
+from megaclass.errors import DataError
+from tests.support.tiny_dataset import write_tiny_dataset
+from tests.unit.test_data_indexed import AUGMENT, SIZE, break_image, open_indexed, read
+
+# From Python 3.12 on; the workers neither use CUDA nor wait for a thread of the parent.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*fork:DeprecationWarning", "ignore:This DataLoader will create:UserWarning"
+)
+
+
+def numbered(make: Any = None, workers: int = 2) -> BatchReader:
+    """A reader whose batches hold their own position and the process that made them."""
+
+    def batch(position: int) -> Batch:
+        if make is not None:
+            make(position)
+        ids = torch.tensor([position, os.getpid()])
+        return Batch(torch.zeros(2, 1, 8, 8), ids, ids, position + 2)
+
+    return BatchReader(
+        lambda position: count(position, 2),
+        batch,
+        num_classes=1,
+        num_samples=100,
+        workers=workers,
+        budget=SkipBudget(0, 100, 1),
+    )
+
+
+def test_workers_change_no_number(tmp_path: Path) -> None:
+    folder = write_tiny_dataset(tmp_path, 15, 4, SIZE, 3)
+    break_image(folder)
+    options: dict[str, Any] = {"augment": AUGMENT, "on_bad_sample": "skip", "bad_sample_budget": 0.5}
+    alone = read(open_indexed(folder, 7, **options), 12, 14)
+    reader = open_indexed(folder, 7, workers=2, **options)
+    together = read(reader, 12, 14)
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.ids, other.ids)
+        assert (one.position, one.skipped) == (other.position, other.skipped)
+    # Started again by another seek.
+    assert torch.equal(read(reader, 1, 21)[0].ids, alone[1].ids)
+    assert not multiprocessing.active_children()
+
+
+def test_batches_come_from_the_workers_in_order_and_few_are_made_ahead() -> None:
+    reader = numbered()
+    reader.seek(10)
+    iterator = iter(reader)
+    batches = [next(iterator) for _ in range(6)]
+    assert [int(batch.ids[0]) for batch in batches] == [10, 12, 14, 16, 18, 20]
+    workers = {int(batch.ids[1]) for batch in batches}
+    assert len(workers) == 2
+    assert os.getpid() not in workers
+    # The position is that of the batch given out, whatever is ready behind it.
+    assert batches[-1].position == 22
+    reader.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_data_error_in_a_worker_is_the_same_error_here(tmp_path: Path) -> None:
+    folder = write_tiny_dataset(tmp_path, 15, 4, SIZE, 3)
+    break_image(folder)
+    messages = []
+    for workers in (0, 2):
+        with pytest.raises(DataError, match=r"train-000001\.tar, byte \d+, key 'k3': PNG does not decode") as caught:
+            read(open_indexed(folder, 7, workers=workers), 10)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert "\n" not in messages[0]
+    assert not multiprocessing.active_children()
+
+
+def test_another_error_in_a_worker_keeps_its_traceback() -> None:
+    def fail(position: int) -> None:
+        if position == 8:
+            raise AssertionError("ours")
+
+    reader = numbered(fail)
+    with pytest.raises(AssertionError, match=r"(?s)Traceback.*in fail.*ours"):
+        deque(reader, maxlen=0)
+    reader.close()
+    del reader
+
+
+def test_a_worker_that_is_killed_ends_the_iteration() -> None:
+    reader = numbered(lambda position: time.sleep(0.05))
+    iterator = iter(reader)
+    os.kill(int(next(iterator).ids[1]), signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        deque(iterator, maxlen=0)
+    assert time.monotonic() - started < 20
+    reader.close()
+
+
+def test_workers_outlive_the_signals_of_a_scheduler() -> None:
+    reader = numbered()
+    iterator = iter(reader)
+    workers = {int(next(iterator).ids[1]) for _ in range(2)}
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        for worker in workers:
+            os.kill(worker, number)
+    assert {int(next(iterator).ids[1]) for _ in range(20)} == workers
+    reader.close()
+    assert not multiprocessing.active_children()
+
+
+TRAINER = """
+import sys
+from tests.unit.test_data_reader import numbered
+if __name__ == "__main__":
+    iterator = iter(numbered(workers=1))
+    print(int(next(iterator).ids[1]), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_when_the_trainer_is_killed() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", TRAINER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as trainer:
+        assert trainer.stdout is not None
+        worker = int(trainer.stdout.readline())
+        trainer.kill()
+    deadline = time.monotonic() + 30
+    while _is_running(worker):
+        assert time.monotonic() < deadline, "the worker outlives its trainer"
+        time.sleep(0.2)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,140 @@
+"""Row optimizers: torch's own with all rows drawn, and rows not drawn untouched to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from megaclass.config import Optim
+from megaclass.errors import ConfigError
+from megaclass.kernels.row_gradient import RowGradient
+from megaclass.optim import rowwise
+from megaclass.optim.rowwise import RowAdamW, RowSGD, build
+
+NUM_ROWS, DIM = 13, 7
+
+
+def _weight(num_rows=NUM_ROWS, dtype=torch.float64):
+    return torch.randn(num_rows, DIM, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+CASES = [
+    (lambda w: RowSGD(w, momentum=0.9), lambda p: torch.optim.SGD(p, momentum=0.9)),
+    (lambda w: RowSGD(w, momentum=0.0), lambda p: torch.optim.SGD(p)),
+    (
+        lambda w: RowSGD(w, momentum=0.9, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, momentum=0.9, weight_decay=0.1),
+    ),
+    (lambda w: RowSGD(w, momentum=0.0, weight_decay=0.1), lambda p: torch.optim.SGD(p, weight_decay=0.1)),
+    (lambda w: RowAdamW(w, betas=(0.9, 0.999)), lambda p: torch.optim.AdamW(p, weight_decay=0.0)),
+    (
+        lambda w: RowAdamW(w, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+    ),
+    (lambda w: RowAdamW(w, betas=(0.0, 0.0)), lambda p: torch.optim.AdamW(p, betas=(0.0, 0.0), weight_decay=0.0)),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), CASES)
+@pytest.mark.parametrize("as_rows", [False, True])
+@pytest.mark.parametrize("block_rows", [5, 32768])
+def test_all_rows_equal_torch(ours, theirs, as_rows, block_rows, monkeypatch):
+    monkeypatch.setattr(rowwise, "_BLOCK_ROWS", block_rows)
+    weight, reference = _weight(), nn.Parameter(_weight())
+    row_optimizer, torch_optimizer = ours(weight), theirs([reference])
+    generator = torch.Generator().manual_seed(2)
+    for step in range(20):
+        values = torch.randn(NUM_ROWS, DIM, generator=generator, dtype=torch.float64)
+        lr = 0.1 / (step + 1)
+        given_values = values.clone()
+        row_optimizer.step(RowGradient(torch.arange(NUM_ROWS) if as_rows else None, given_values), lr)
+        assert torch.equal(given_values, values)
+        reference.grad = values
+        for group in torch_optimizer.param_groups:
+            group["lr"] = lr
+        torch_optimizer.step()
+    torch.testing.assert_close(weight, reference.detach(), rtol=1e-13, atol=2e-15)
+
+
+@pytest.mark.parametrize("ours", [case[0] for case in CASES])
+@settings(max_examples=15, deadline=None)
+@given(draws=st.lists(st.sets(st.integers(0, NUM_ROWS - 1)), min_size=1, max_size=4))
+def test_rows_not_drawn_are_untouched_to_the_bit(ours, draws):
+    weight = _weight(dtype=torch.float32)
+    optimizer = ours(weight)
+    generator = torch.Generator().manual_seed(3)
+    optimizer.step(RowGradient(None, torch.randn(NUM_ROWS, DIM, generator=generator)), 0.1)
+    for draw in draws:
+        before = {name: tensor.clone() for name, tensor in [("weight", weight), *optimizer.state.items()]}
+        rows = torch.tensor(sorted(draw), dtype=torch.int64)
+        optimizer.step(RowGradient(rows, torch.randn(len(rows), DIM, generator=generator)), 0.1)
+        others = torch.ones(NUM_ROWS, dtype=torch.bool)
+        others[rows] = False
+        for name, tensor in [("weight", weight), *optimizer.state.items()]:
+            assert torch.equal(tensor[others], before[name][others]), name
+            assert not len(rows) or not torch.equal(tensor[rows], before[name][rows]), name
+
+
+@pytest.mark.parametrize("ours", [case[0] for case in CASES])
+def test_a_row_moves_as_if_its_own_draws_were_all_the_steps(ours):
+    weight, alone = _weight(), _weight()[4:5].clone()
+    optimizer, single = ours(weight), ours(alone)
+    generator = torch.Generator().manual_seed(6)
+    for rows in ([1, 4], [0, 2], [4], [3], [0, 4, 12]):
+        values = torch.randn(len(rows), DIM, generator=generator, dtype=torch.float64)
+        optimizer.step(RowGradient(torch.tensor(rows), values), 0.05)
+        if 4 in rows:
+            position = rows.index(4)
+            single.step(RowGradient(None, values[position : position + 1]), 0.05)
+    assert torch.equal(weight[4], alone[0])
+
+
+@pytest.mark.parametrize("ours", [case[0] for case in CASES])
+@pytest.mark.parametrize("rows", [None, torch.empty(0, dtype=torch.int64)])
+def test_an_empty_shard_and_an_empty_draw_work(ours, rows):
+    empty = _weight(0)
+    ours(empty).step(RowGradient(rows, torch.empty(0, DIM, dtype=torch.float64)), 0.1)
+    assert empty.shape == (0, DIM)
+    weight = _weight()
+    ours(weight).step(RowGradient(torch.empty(0, dtype=torch.int64), torch.empty(0, DIM, dtype=torch.float64)), 0.1)
+    assert torch.equal(weight, _weight())
+
+
+def test_state_has_one_entry_per_row_and_none_without_momentum():
+    assert RowSGD(_weight(), momentum=0.0).state == {}
+    assert {n: tuple(t.shape) for n, t in RowSGD(_weight(), momentum=0.9).state.items()} == {"momentum": (13, 7)}
+    adam = RowAdamW(nn.Parameter(_weight()), betas=(0.9, 0.999)).state
+    assert {name: tuple(tensor.shape) for name, tensor in adam.items()} == {
+        "exp_avg": (13, 7),
+        "exp_avg_sq": (13, 7),
+        "num_steps": (13,),
+    }
+    assert not any(tensor.requires_grad for tensor in adam.values())
+
+
+def test_a_parameter_that_requires_gradients_is_updated_in_place():
+    weight = nn.Parameter(_weight())
+    build("adamw", weight, Optim()).step(RowGradient(torch.tensor([3]), torch.ones(1, DIM, dtype=torch.float64)), 0.1)
+    torch.testing.assert_close(weight.detach()[3], _weight()[3] - 0.1, rtol=0, atol=1e-8)
+
+
+def test_build_follows_the_configuration():
+    weight = _weight()
+    assert isinstance(build("sgd", weight, Optim()), RowSGD)
+    assert isinstance(build("adamw", weight, Optim()), RowAdamW)
+    assert build("sgd", weight, Optim(momentum=0.0)).state == {}
+    build("sgd", weight, Optim(weight_decay=0.5)).step(RowGradient(None, torch.zeros_like(weight)), 0.1)
+    assert torch.equal(weight, _weight())
+    with pytest.raises(ConfigError, match=r"optim.class_name: 'lamb' is not known; allowed are sgd, adamw"):
+        build("lamb", weight, Optim())
+
+
+def test_mismatched_values_are_caught():
+    optimizer = RowSGD(_weight(), momentum=0.0)
+    with pytest.raises(AssertionError):
+        optimizer.step(RowGradient(None, torch.zeros(5, DIM, dtype=torch.float64)), 0.1)
+    with pytest.raises(AssertionError):
+        optimizer.step(RowGradient(torch.tensor([1, 2]), torch.zeros(1, DIM, dtype=torch.float64)), 0.1)
