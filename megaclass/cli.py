@@ -287,7 +287,7 @@ def _checkpoints(run: Path) -> Path:
 
 
 def _checkpoint_list(known: argparse.Namespace) -> int:
-    from megaclass.train.checkpoint import listing
+    from megaclass.checkpoint import listing
 
     lines = listing(_checkpoints(known.run))
     if known.json:
@@ -299,7 +299,7 @@ def _checkpoint_list(known: argparse.Namespace) -> int:
 
 
 def _checkpoint_verify(known: argparse.Namespace) -> int:
-    from megaclass.train.checkpoint import newest_name, verify
+    from megaclass.checkpoint import newest_name, verify
 
     path = known.path
     if (path / "checkpoints").is_dir():
@@ -315,7 +315,7 @@ def _checkpoint_verify(known: argparse.Namespace) -> int:
 
 
 def _checkpoint_prune(known: argparse.Namespace) -> int:
-    from megaclass.train.checkpoint import prune
+    from megaclass.checkpoint import prune
 
     if known.keep < 1:
         raise ConfigError(f"--keep {known.keep}: at least 1 checkpoint must stay")

@@ -19,6 +19,7 @@ LAYERS = {
     "train.dry_run": 5,
     "train.build": 5,
     "train": 4,
+    "checkpoint": 4,
     "evaluate": 4,
     "prepare": 4,
     "observe.report": 4,
@@ -35,6 +36,7 @@ LAYERS = {
     "objectives": 0,
     "kernels": 0,
     "errors": 0,
+    "durable": 0,
     "": 0,
 }
 COMMUNICATION = {
@@ -151,10 +153,9 @@ def test_sizes(path: Path) -> None:
     assert text.count("\n") <= 400, "two ideas in one file?"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
-            length = (node.end_lineno or 0) - node.lineno + 1
-            documented = ast.get_docstring(node)
-            length -= documented.count("\n") + 1 if documented else 0
-            assert length <= 60, f"{node.name} has {length} lines without its docstring"
+            statements = node.body[1:] if ast.get_docstring(node) else node.body
+            length = (node.end_lineno or 0) - statements[0].lineno + 1 if statements else 0
+            assert length <= 60, f"{node.name} has {length} lines of statements"
 
 
 def test_no_file_without_a_concept() -> None:

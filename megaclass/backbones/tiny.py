@@ -57,6 +57,10 @@ class Tiny(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.kernel_size == (1, 1):
+                    # Both layouts of such a kernel are the same bytes; named channels last, as its gradient will be,
+                    # DDP need not copy that gradient into another shape of strides.
+                    module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings [batch, dim] of images [batch, channels, side, side]."""

@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
 
 from megaclass.errors import ConfigError, PeerError
 
@@ -118,7 +119,7 @@ def _join(rank: int, size: int, timeout: timedelta) -> c10d.Store:
     ranks then connect to nobody. With one agent its restart count tells attempts apart; several agents count apart, and
     `launch/torchrun.sh` therefore turns the sharing off.
     """
-    store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=timeout)))
+    store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=timeout)))
     store.set_timeout(timeout)
     is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if is_shared and os.environ.get("GROUP_WORLD_SIZE") == "1":

@@ -47,7 +47,7 @@ class DDPStrategy:
 
     def backward(self, loss: Tensor) -> None:
         """Plain autograd; DDP's hooks average over ranks."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def gradients(self) -> list[Tensor]:
         """Gradients of all parameters that have one."""

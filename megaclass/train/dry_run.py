@@ -48,7 +48,7 @@ def describe(config: Config) -> str:
         f"class rows and optimizer state of the largest shard: {(1 + states) * shards[0].num_rows * row_bytes:,} bytes",
         f"steps: {steps}, {steps * config.train.global_batch_size / reader.num_samples:.2f} epochs of "
         f"{reader.num_samples:,} samples",
-        f"evaluation: {'none' if evaluation is None else f'{len(evaluation.sources):,} samples of {evaluation.folder}'}",
+        "evaluation: none" if evaluation is None else f"evaluation: {len(evaluation.sources):,} samples",
         "# order of the data (global batch, all ranks)",
     ]
     batches = iter(reader)

@@ -31,7 +31,7 @@ def tell_peers(world: World, error: UserError) -> None:
 
 
 def explain(world: World, error: RuntimeError) -> Exception:
-    """The error to raise in place of `error`: another rank's reason, a lost peer, or `error` itself if it is neither."""
+    """The error to raise in place of `error`: another rank's reason, a lost peer, or itself if it is neither."""
     text = str(error)
     if world.store is None or not any(sign in text.lower() for sign in _SIGNS):
         return error

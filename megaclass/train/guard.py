@@ -20,7 +20,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from megaclass.errors import ConfigError, NumericError
-from megaclass.train.agreement import Agreement
+from megaclass.parallel.agreement import Agreement
 from megaclass.train.outcome import OUTCOME, is_under_agent
 
 if TYPE_CHECKING:

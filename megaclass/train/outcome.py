@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megaclass.train.durable import replace_bytes
+from megaclass.durable import replace_bytes
 
 OUTCOME = "outcome.json"
 PREEMPTED = 75

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from megaclass import checkpoint
 from megaclass.config import Config
 from megaclass.data.bad_samples import REASONS
 from megaclass.data.batch import Batch
@@ -31,7 +32,7 @@ from megaclass.observe.prometheus import Exporter
 from megaclass.observe.report import write_report
 from megaclass.parallel.collectives import broadcast_from_main, sum_over_ranks
 from megaclass.parallel.process import World, world
-from megaclass.train import build, checkpoint, loop, state
+from megaclass.train import build, loop, state
 from megaclass.train.failure import explain, tell_peers
 from megaclass.train.guard import FiniteGuard, StopSignal, own_run_directory
 from megaclass.train.outcome import PREEMPTED, exit_code_for_process, is_under_agent, record_outcome

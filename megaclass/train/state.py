@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from megaclass.checkpoint import Snapshot
 from megaclass.errors import CheckpointError
-from megaclass.train.checkpoint import Snapshot
 from megaclass.train.loop import Training
 
 

@@ -11,17 +11,18 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
+from megaclass import checkpoint
 from megaclass.config import Config
 from megaclass.data.manifest import load_manifest
 from megaclass.errors import CheckpointError, ConfigError
 from megaclass.evaluate.folder import embed_folder
 from megaclass.evaluate.split import evaluate_backbone, evaluate_baselines, open_evaluation
 from megaclass.parallel.process import World, choose_device
-from megaclass.train import build, checkpoint, state
+from megaclass.train import build, state
 
 
 def load_backbone(run_dir: Path, path: Path | None, device: str) -> tuple[Config, nn.Module, World]:
-    """The backbone of a run's checkpoint (the newest complete one by default), with its configuration, in evaluation mode.
+    """The backbone of a run's checkpoint (by default the newest complete one), in evaluation mode, with its options.
 
     Raises:
         CheckpointError: no usable checkpoint.

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megaclass.checkpoint import save
+from megaclass.checkpoint.snapshot import Snapshot
 from megaclass.parallel.process import World
 from megaclass.parallel.shard import ClassShard
-from megaclass.train.checkpoint import save
-from megaclass.train.snapshot import Snapshot
 
 ALONE = World(0, 1, 0, torch.device("cpu"), None, None)
 

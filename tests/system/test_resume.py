@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
+from megaclass.checkpoint import find_latest, verify
 from megaclass.errors import CheckpointError
 from megaclass.observe.journal import read_metrics
-from megaclass.train.checkpoint import find_latest, verify
 from tests.support.training import sample_ids, small_config, small_dataset, train
 
-STEPS = 31  # two epochs of 185 samples in batches of 12, and one sample more
+STEPS = 31  # six epochs of 185 samples in batches of 36, and six samples more
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -98,7 +98,7 @@ def test_killed_and_continued_equals_uninterrupted_to_the_bit(
     summary = json.loads((broken / "summary.json").read_text())
     assert summary["status"] == "completed"
     assert summary["attempts"] == 2
-    assert summary["samples"]["trained"] == STEPS * 12
+    assert summary["samples"]["trained"] == STEPS * 36
     assert summary["samples"]["read"] == summary["samples"]["trained"]
 
 
@@ -175,7 +175,7 @@ def test_changed_configuration_is_refused_with_the_difference(dataset: Path, tmp
     process = start(content, 1)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == CheckpointError.exit_code == 4
-    assert "was trained with another configuration: optim.lr: 0.05 -> 0.07; give the old values" in output
+    assert "was trained with another configuration: optim.lr: 0.001 -> 0.07; give the old values" in output
     assert "Traceback" not in output
 
 

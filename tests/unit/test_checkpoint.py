@@ -8,11 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megaclass.checkpoint import Snapshot, compare_config, load, load_replicated, save, snapshot, verify
 from megaclass.config import option_table
 from megaclass.errors import CheckpointError
 from megaclass.parallel.shard import ClassShard
-from megaclass.train import snapshot
-from megaclass.train.checkpoint import Snapshot, compare_config, load, load_replicated, save, verify
 from tests.support.checkpoints import ALONE, assert_same, make_snapshot, save_good
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megaclass.checkpoint import find_latest, latest_attempt, listing, newest_name, prune, remove_leftovers
+from megaclass.checkpoint.format import FolderName
 from megaclass.errors import CheckpointError
-from megaclass.train.checkpoint import find_latest, latest_attempt, listing, newest_name, prune, remove_leftovers
-from megaclass.train.checkpoint_format import FolderName
 from tests.support.checkpoints import save_good
 
 

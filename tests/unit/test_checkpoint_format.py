@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from megaclass.checkpoint import find_latest, load, verify
+from megaclass.checkpoint import format as checkpoint_format
+from megaclass.checkpoint.format import Manifest, decode, encode, read_manifest
 from megaclass.errors import CheckpointError
 from megaclass.parallel.shard import ClassShard
-from megaclass.train import checkpoint_format
-from megaclass.train.checkpoint import find_latest, load, verify
-from megaclass.train.checkpoint_format import Manifest, decode, encode, read_manifest
 from tests.support.checkpoints import save_good
 
 WEIGHT = "class.weight"

@@ -15,10 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megaclass.checkpoint import files, find_latest, load, remove_leftovers, save, saving, verify
 from megaclass.errors import CheckpointError, PeerError
 from megaclass.parallel.shard import ClassShard
-from megaclass.train import checkpoint_files, checkpoint_save
-from megaclass.train.checkpoint import find_latest, load, remove_leftovers, save, verify
 from tests.support.checkpoints import ALONE, assert_same, make_snapshot, make_worlds, on_threads, save_good, save_on
 
 
@@ -31,7 +30,7 @@ def full_disk_of_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Make writing the file of one rank fail as on a full disk, after half of it has been written."""
 
     def install(file: str) -> None:
-        original = checkpoint_files.write_tensors
+        original = files.write_tensors
 
         def write(path: Path, tensors: dict[str, torch.Tensor]) -> Any:
             if path.name == file:
@@ -39,7 +38,7 @@ def full_disk_of_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return original(path, tensors)
 
-        monkeypatch.setattr(checkpoint_save, "write_tensors", write)
+        monkeypatch.setattr(saving, "write_tensors", write)
 
     return install
 
@@ -67,7 +66,7 @@ def test_full_disk_of_one_rank_fails_all_alike_and_touches_nothing(
 def test_same_step_can_be_saved_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worlds = make_worlds(3)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_save, "encode", lambda manifest: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
+        patch.setattr(saving, "encode", lambda manifest: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
         results = save_on(worlds, tmp_path, 13)
         assert all("rank 0: manifest.json: bad" in str(result) for result in results), results
         assert list(tmp_path.iterdir()) == []
@@ -149,7 +148,7 @@ def test_interrupted_at_any_point_leaves_the_old_or_the_new(tmp_path: Path, monk
             watch(patch, owner, name)
         for name in ("rename", "chmod", "mkdir"):
             watch(patch, Path, name)
-        watch(patch, checkpoint_files, "save_file")
+        watch(patch, files, "save_file")
         assert save_on(worlds, directory, 13, step=3) == [directory / "step-000000003"]
     assert len(states) >= 20
     found = set()
@@ -173,12 +172,12 @@ def test_killed_while_writing(tmp_path: Path) -> None:
         import os, signal, sys
         from pathlib import Path
         from megaclass.parallel.shard import ClassShard
-        from megaclass.train import checkpoint_save
-        from megaclass.train.checkpoint import save
+        from megaclass.checkpoint import saving
+        from megaclass.checkpoint import save
         from tests.support.checkpoints import ALONE, make_snapshot
         shard, directory = ClassShard(13, 0, 1), Path(sys.argv[1])
         save(directory, make_snapshot(shard, 1), shard, ALONE, keep=2)
-        checkpoint_save.encode = lambda manifest: os.kill(os.getpid(), signal.SIGKILL)
+        saving.encode = lambda manifest: os.kill(os.getpid(), signal.SIGKILL)
         save(directory, make_snapshot(shard, 2), shard, ALONE, keep=2)
         """
     )
@@ -217,7 +216,7 @@ def test_failure_of_the_hint_is_only_a_warning(
     def fail(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_save, "write_hint", fail)
+    monkeypatch.setattr(saving, "write_hint", fail)
     path = save_good(tmp_path)
     assert find_latest(tmp_path) == path
     assert "is saved, but its folder could not be tidied" in caplog.text

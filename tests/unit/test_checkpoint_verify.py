@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from megaclass.checkpoint import find_latest, load, verify, verifying
 from megaclass.errors import CheckpointError
 from megaclass.parallel.shard import ClassShard
-from megaclass.train import checkpoint_verify
-from megaclass.train.checkpoint import find_latest, load, verify
 from tests.support.checkpoints import make_snapshot, save_good
 
 FILES = [
@@ -149,5 +148,5 @@ def test_hashes_are_those_of_the_global_bytes(intact: Path) -> None:
 
 def test_streaming_in_small_chunks_gives_the_same_hashes(intact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = verify(intact / "step-000000010")
-    monkeypatch.setattr(checkpoint_verify, "_CHUNK_BYTES", 60)
+    monkeypatch.setattr(verifying, "_CHUNK_BYTES", 60)
     assert verify(intact / "step-000000010") == whole

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ def test_shards_tile_the_classes(num_classes: int, count: int) -> None:
     shards = [ClassShard(num_classes, index, count) for index in range(count)]
     assert shards[0].start == 0
     assert shards[-1].stop == num_classes
-    assert all(left.stop == right.start for left, right in zip(shards, shards[1:], strict=False))
+    assert all(left.stop == right.start for left, right in pairwise(shards))
     sizes = [part.shape[0] for part in torch.arange(num_classes).chunk(count)]
     assert [shard.num_rows for shard in shards if shard.num_rows] == sizes
 

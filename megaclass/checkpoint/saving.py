@@ -17,13 +17,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from megaclass.errors import CheckpointError, PeerError, UserError
-from megaclass.parallel.process import World
-from megaclass.parallel.shard import ClassShard
-from megaclass.train.agreement import Agreement
-from megaclass.train.checkpoint_files import dtype_name, write_tensors
-from megaclass.train.checkpoint_folder import BEST, LATEST, prune, write_hint
-from megaclass.train.checkpoint_format import (
+from megaclass.checkpoint.files import dtype_name, write_tensors
+from megaclass.checkpoint.folder import BEST, LATEST, prune, write_hint
+from megaclass.checkpoint.format import (
     FORMAT,
     MANIFEST,
     FileEntry,
@@ -33,8 +29,12 @@ from megaclass.train.checkpoint_format import (
     TensorEntry,
     encode,
 )
-from megaclass.train.durable import sync, write_bytes
-from megaclass.train.snapshot import Snapshot
+from megaclass.checkpoint.snapshot import Snapshot
+from megaclass.durable import sync, write_bytes
+from megaclass.errors import CheckpointError, PeerError, UserError
+from megaclass.parallel.agreement import Agreement
+from megaclass.parallel.process import World
+from megaclass.parallel.shard import ClassShard
 
 REPLICATED = "replicated.safetensors"
 

@@ -1,8 +1,4 @@
-"""Loading the state of a run at any world size; with it, under one name, all that is done with checkpoints.
-
-Separate from the format (`checkpoint_format`), the bytes (`checkpoint_files`), saving (`checkpoint_save`), the proof
-(`checkpoint_verify`) and the choice among several (`checkpoint_folder`); users of checkpoints import from here.
-"""
+"""Loading the state of a run at any world size, or its replicated part alone."""
 
 from __future__ import annotations
 
@@ -11,30 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megaclass.checkpoint.files import open_tensors, read_rows
+from megaclass.checkpoint.format import Manifest, Part, TensorEntry, read_manifest
+from megaclass.checkpoint.snapshot import Snapshot
+from megaclass.checkpoint.verifying import find_faults
 from megaclass.errors import CheckpointError
 from megaclass.parallel.shard import ClassShard
-from megaclass.train.checkpoint_files import open_tensors, read_rows
-from megaclass.train.checkpoint_folder import find_latest, latest_attempt, listing, newest_name, prune, remove_leftovers
-from megaclass.train.checkpoint_format import Manifest, Part, TensorEntry, read_manifest
-from megaclass.train.checkpoint_save import save
-from megaclass.train.checkpoint_verify import Verification, find_faults, verify
-from megaclass.train.snapshot import Snapshot, compare_config
-
-__all__ = [
-    "Snapshot",
-    "Verification",
-    "compare_config",
-    "find_latest",
-    "latest_attempt",
-    "listing",
-    "load",
-    "load_replicated",
-    "newest_name",
-    "prune",
-    "remove_leftovers",
-    "save",
-    "verify",
-]
 
 
 def load(path: Path, shard: ClassShard) -> Snapshot:

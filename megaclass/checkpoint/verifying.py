@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaclass.checkpoint.files import hash_file, open_tensors, read_rows
+from megaclass.checkpoint.format import Manifest, TensorEntry, folder_faults, read_manifest
 from megaclass.errors import CheckpointError
-from megaclass.train.checkpoint_files import hash_file, open_tensors, read_rows
-from megaclass.train.checkpoint_format import Manifest, TensorEntry, folder_faults, read_manifest
 
 _CHUNK_BYTES = 32 * 2**20
 

@@ -1,7 +1,7 @@
 """Writing tensor files, and reading rows of them without trusting them.
 
-Separate because it is all that touches the tensors of a checkpoint: the commit protocol (`checkpoint_save`) and the
-verification (`checkpoint_verify`) decide with it what is true. Tensors are written and read by the safetensors
+Separate because it is all that touches the tensors of a checkpoint: the commit protocol (`saving`) and the
+verification (`verifying`) decide with it what is true. Tensors are written and read by the safetensors
 library, which cannot execute anything.
 """
 
@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megaclass.checkpoint.format import ITEM_BYTES, FileEntry, Manifest, Part, TensorEntry
+from megaclass.durable import sync
 from megaclass.errors import CheckpointError
-from megaclass.train.checkpoint_format import ITEM_BYTES, FileEntry, Manifest, Part, TensorEntry
-from megaclass.train.durable import sync
 
 _TAGS = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",

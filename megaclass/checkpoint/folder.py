@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megaclass.checkpoint.format import FolderName, folder_faults, read_manifest
+from megaclass.checkpoint.verifying import find_faults
+from megaclass.durable import replace_bytes
 from megaclass.errors import CheckpointError
-from megaclass.train.checkpoint_format import FolderName, folder_faults, read_manifest
-from megaclass.train.checkpoint_verify import find_faults
-from megaclass.train.durable import replace_bytes
 
 LATEST = "latest"
 BEST = "best"
