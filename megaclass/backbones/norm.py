@@ -39,14 +39,15 @@ def batch_norm(
         dims: spatial dimensions of the input: 0 for [batch, channels], 2 for [batch, channels, height, width].
         kind: `local`: statistics of this rank's batch; `sync`: of all ranks' batches together, which equals one
             process that sees the whole batch (to rounding, with the gradients averaged as DDP does).
-        group: the ranks of `sync`; with None or a group of one both kinds are torch's plain module.
+        group: the ranks of `sync`. A group of one (or None) computes in the same way as a larger one, so that world
+            sizes differ by the rounding of a few float64 sums and not by that of two implementations.
         eps: added to the variance.
         momentum: weight of the newest batch in the running statistics.
         learn_scale: False fixes the scale at 1 (the shift is still learned): the usual end of an embedding network.
 
     Cost: `sync` sends one all-reduce of 2 * num_features + 1 float64 forward and one of 2 * num_features backward.
     """
-    if kind == "local" or group_size(group) == 1:
+    if kind == "local":
         module: nn.Module = (nn.BatchNorm2d if dims else nn.BatchNorm1d)(num_features, eps=eps, momentum=momentum)
     else:
         module = SynchronisedBatchNorm(num_features, dims, group, eps=eps, momentum=momentum)
@@ -80,6 +81,8 @@ class SynchronisedBatchNorm(_BatchNorm):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
+        if x.is_cuda and group_size(self._group) == 1:
+            return super().forward(x)
         self.num_batches_tracked.add_(1)
         if x.is_cuda:
             return _CudaSyncBatchNorm.apply(
