@@ -3,6 +3,9 @@
 Separate because it is ours and not from a paper; its shape was chosen by measuring. Time on a CPU goes into memory, not
 multiplications: halving the image in the stem and again in every stage, so that no block works above a quarter of the
 side, beat wider and deeper networks of twice the cost, in recall reached in equal time as well as in speed.
+
+The activation is SiLU because it is smooth. Under ReLU two runs that differ by rounding alone part within 50 steps:
+somewhere a unit lies within 1e-7 of zero, which one run passes and the other blocks. SiLU costs no time beside it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import math
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaclass.backbones import Norm, Sizes, register, require_image_size
@@ -27,7 +31,7 @@ class _Block(nn.Module):
         self.body = nn.Sequential(
             nn.Conv2d(num_in, num_out, 3, stride=2, padding=1, bias=False),
             norm(num_out, 2),
-            nn.ReLU(inplace=True),
+            nn.SiLU(inplace=True),
             nn.Conv2d(num_out, num_out, 3, padding=1, bias=False),
             norm(num_out, 2),
         )
@@ -35,7 +39,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, num_in, side, side] to [batch, num_out, ceil(side / 2), ceil(side / 2)]."""
-        return torch.relu_(self.body(x) + self.shortcut(x))
+        return F.silu(self.body(x) + self.shortcut(x), inplace=True)
 
 
 class Tiny(nn.Module):
@@ -50,7 +54,7 @@ class Tiny(nn.Module):
         stem, *stages = (max(1, round(count * sizes.width)) for count in (_STEM_CHANNELS, *_STAGE_CHANNELS))
         self.stem = nn.Conv2d(sizes.channels, stem, 3, stride=2, padding=1, bias=False)
         blocks = (_Block(num_in, num_out, norm) for num_in, num_out in pairwise((stem, *stages)))
-        self.layers = nn.Sequential(norm(stem, 2), nn.ReLU(inplace=True), *blocks)
+        self.layers = nn.Sequential(norm(stem, 2), nn.SiLU(inplace=True), *blocks)
         side = math.ceil(sizes.image_size / 2 ** (1 + len(stages)))
         self.fc = nn.Linear(stages[-1] * side * side, sizes.dim, bias=False)
         self.norm = norm(sizes.dim, 0, learn_scale=False)

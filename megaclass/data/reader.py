@@ -11,7 +11,9 @@ themselves within seconds when the trainer is killed.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -90,14 +92,14 @@ class BatchReader:
             batch_size=None,
             num_workers=self._workers,
             collate_fn=_as_is,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_obey_the_trainer_only,
             multiprocessing_context="fork" if self._workers else None,
             prefetch_factor=_BATCHES_AHEAD if self._workers else None,
             pin_memory=torch.cuda.is_available(),
             # Without one of its own, the loader would draw a number from the global generator.
             generator=torch.Generator(),
         )
-        results = iter(loader)
+        results: Any = iter(loader)
         try:
             while True:
                 result = next(results)
@@ -108,8 +110,10 @@ class BatchReader:
                 self._budget.count(len(ids), skipped)
                 yield Batch(images, labels, ids, position, tuple(skipped))
         finally:
-            # The loader ends its workers when its iterator goes.
-            del results
+            # Left alone, the loader ends its workers when its iterator is collected: late, if an exception refers to
+            # it, and then perhaps in a copy of it in the workers of another reader. It has no public way to end them.
+            if self._workers:
+                results._shutdown_workers()
 
 
 class _Calls(Dataset[Any]):
@@ -131,10 +135,22 @@ def _as_is(result: Any) -> Any:
     return result
 
 
-def _ignore_signals(worker: int) -> None:
-    # Schedulers signal the whole process group; the trainer then saves and stops, and needs its workers until it has.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+def _obey_the_trainer_only(worker: int) -> None:
+    """Make a worker deaf to signals that are not the trainer's.
+
+    Schedulers signal every process of a job; the trainer then saves and stops, and needs its workers until it has.
+    SIGTERM from the trainer itself must still end them: it is how they end when the trainer exits on an error.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_end_when_the_trainer_says, daemon=True).start()
+
+
+def _end_when_the_trainer_says() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def check_enough_samples(

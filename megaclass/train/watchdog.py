@@ -1,4 +1,4 @@
-"""Ending a process that hangs: the only cure for a collective that waits for a rank that will never come.
+"""Ending a process that hangs or has lost its agent: a collective that waits for ever has no other cure.
 
 Separate because it runs in a thread of its own beside everything else, and ends the process without asking.
 """
@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaclass.errors import PeerError
-from megaclass.train.outcome import record_outcome
+from megaclass.train.outcome import is_under_agent, record_outcome
+
+LOST_AGENT = "loss of the agent"
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,10 @@ class Hang:
 
 
 class Watchdog:
-    """Calls `on_hang` once if no beat comes for `seconds`; a `with` block, in which a thread watches.
+    """Calls `on_hang` once if no beat comes for `seconds`, or if the agent dies; a `with` block, with a thread.
+
+    A torchrun agent that is killed leaves its ranks running without anyone to stop or restart them; they notice that
+    they have been handed to another parent, and end.
 
     Time in which the process itself was stopped (SIGSTOP, a suspended computer) does not count, since then the
     watching thread stood still as well. Cost: a beat is one assignment; the thread wakes at most twenty times within
@@ -45,6 +50,7 @@ class Watchdog:
         self._on_hang = on_hang
         self._last: tuple[str, int] = ("start", 0)
         self._num_pauses = 0
+        self._agent = os.getppid() if is_under_agent() else None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -78,6 +84,9 @@ class Watchdog:
         seen, num_intervals = self._last, 0
         while not self._done.wait(interval):
             last = self._last
+            if self._agent is not None and os.getppid() != self._agent:
+                self._on_hang(Hang(LOST_AGENT, last[1], 0.0))
+                return
             num_intervals = 0 if last is not seen or self._num_pauses else num_intervals + 1
             seen = last
             if num_intervals * interval >= self._seconds:
@@ -93,11 +102,13 @@ def end_process(run_dir: Path, rank: int) -> Callable[[Hang], None]:
 
     def end(hang: Hang) -> None:
         stacks = Path(run_dir) / f"stacks-rank-{rank}.txt"
+        host = socket.gethostname()
         line = (
-            f"rank {rank} on host {socket.gethostname()} hangs: nothing for {hang.seconds:.0f} s since phase "
-            f"{hang.phase!r} of step {hang.step} (run.hang_seconds); its stacks are in {stacks}; another rank may be "
-            "the cause, see their logs"
+            f"rank {rank} on host {host} hangs: nothing for {hang.seconds:.0f} s since phase {hang.phase!r} of step "
+            f"{hang.step} (run.hang_seconds); its stacks are in {stacks}; another rank may be the cause, see their logs"
         )
+        if hang.phase == LOST_AGENT:
+            line = f"rank {rank} on host {host} ends at step {hang.step}: its agent is gone; start the run again"
         try:
             with stacks.open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)

@@ -29,6 +29,9 @@ PRELOAD = [
     "megaclass",
     "megaclass.config",
     "megaclass.parallel.process",
+    "megaclass.train.run",
+    "megaclass.evaluate.verification",
+    "matplotlib.figure",
 ]
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
