@@ -176,6 +176,7 @@ def _add_data(commands: Any) -> None:
     glyphs.add_argument("--strips", type=Path, metavar="ZIP", help="read one strip of tiles per class instead")
     glyphs.add_argument("--sources", type=Path, metavar="JSON", help="with --strips: names of the tiles")
     glyphs.add_argument("--min-faces", type=int, help="faces that must draw a character (default 8)")
+    glyphs.add_argument("--min-images", type=int, help="different pictures that a class must have (default 2)")
     images = _command(kinds, "images", _data_images, "import a folder or zip with one folder of images per class")
     images.add_argument("root", type=Path, metavar="ROOT", help="folder or .zip")
     images.add_argument("--class-depth", type=int, default=1, help="folder levels that make the class name")
@@ -208,15 +209,15 @@ def _data_glyphs(known: argparse.Namespace) -> int:
         if known.strips is not None:
             from megaclass.prepare.strips import import_strips
 
-            if known.fonts or known.min_faces:
-                raise ConfigError("--fonts and --min-faces mean nothing with --strips; leave them out")
+            if known.fonts or known.min_faces or known.min_images:
+                raise ConfigError("--fonts, --min-faces and --min-images mean nothing with --strips; leave them out")
             report = import_strips(known.strips, known.out, progress=progress, **_given(known, "sources"))
         else:
             from megaclass.prepare.glyphs import make_glyphs
 
             if known.sources:
                 raise ConfigError("--sources means nothing without --strips; leave it out")
-            report = make_glyphs(known.out, progress=progress, **_given(known, "fonts", "min_faces"))
+            report = make_glyphs(known.out, progress=progress, **_given(known, "fonts", "min_faces", "min_images"))
     print(report.text())
     return 0
 

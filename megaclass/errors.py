@@ -37,6 +37,12 @@ class NumericError(UserError):
 
 
 class PeerError(UserError):
-    """Another rank died or did not answer in time (exit code 6)."""
+    """Another rank died or did not answer in time (exit code 6); starting again may help."""
+
+    exit_code = 6
+
+
+class NoProgressError(UserError):
+    """Starting again and again has not brought the run on (exit code 6); it must not be started once more."""
 
     exit_code = 6

@@ -5,7 +5,15 @@ by which the work of all ranks becomes one checkpoint or none, `loading` reads i
 it, and `folder` chooses among several. Users of checkpoints import from here.
 """
 
-from megaclass.checkpoint.folder import find_latest, latest_attempt, listing, newest_name, prune, remove_leftovers
+from megaclass.checkpoint.folder import (
+    find_latest,
+    latest_attempt,
+    listing,
+    newest_name,
+    prune,
+    remove_leftovers,
+    step_of,
+)
 from megaclass.checkpoint.loading import load, load_replicated
 from megaclass.checkpoint.saving import save
 from megaclass.checkpoint.snapshot import Snapshot, compare_config
@@ -24,5 +32,6 @@ __all__ = [
     "prune",
     "remove_leftovers",
     "save",
+    "step_of",
     "verify",
 ]

@@ -174,3 +174,10 @@ def _fault(path: Path, *, thorough: bool) -> str | None:
         return None
     name, fault = next(iter(faults.items()))
     return f"checkpoint {path}: {name} {fault}"
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint folder that `find_latest` gave."""
+    name = FolderName.parse(path.name)
+    assert name is not None, path
+    return name.step

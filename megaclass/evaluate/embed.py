@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from megaclass.errors import CheckpointError, ConfigError, DataError, NumericError, PeerError
+from megaclass.errors import CheckpointError, ConfigError, DataError, NoProgressError, NumericError, PeerError
 from megaclass.evaluate.similarity import unit_length
 from megaclass.parallel.collectives import gather_uneven
 from megaclass.parallel.process import World
@@ -23,7 +23,9 @@ from megaclass.parallel.process import World
 # Rows each rank contributes to one gather: bounds what the gather holds on the device.
 GATHER_ROWS = 8192
 SECONDS_TO_ACKNOWLEDGE = 5.0
-SHARED_ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError, NumericError)}
+SHARED_ERRORS = {
+    kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError, NumericError, NoProgressError)
+}
 
 
 class LabelledImages(Protocol):

@@ -32,9 +32,10 @@ class Journal:
         run_dir: run directory; made if missing.
         attempt: `next_attempt` as rank 0 saw it, same on every rank.
         world: this process among all.
+        facts: more about this start, for its line in attempts.jsonl.
     """
 
-    def __init__(self, run_dir: Path, attempt: int, world: World) -> None:
+    def __init__(self, run_dir: Path, attempt: int, world: World, facts: Mapping[str, Any] | None = None) -> None:
         self._run_dir = Path(run_dir)
         self._attempt = attempt
         self._world = world
@@ -44,7 +45,7 @@ class Journal:
             on_gpu = world.device.type == "cuda"
             device = torch.cuda.get_device_name(world.device) if on_gpu else str(world.device)
             start = {"attempt": attempt, "world_size": world.size, "device": device, "time": time.time()}
-            self._append("attempts.jsonl", start)
+            self._append("attempts.jsonl", start | dict(facts or {}))
 
     def write_metrics(
         self,

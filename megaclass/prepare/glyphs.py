@@ -51,7 +51,7 @@ def make_glyphs(
     fonts: Sequence[Path] | None = None,
     image_size: int = 32,
     min_faces: int = 8,
-    min_images: int = 4,
+    min_images: int = 2,
     tolerance: float = TOLERANCE,
     unseen_fraction: float | None = None,
     unseen_classes: int | None = None,

@@ -12,14 +12,14 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from megaclass.errors import ConfigError, NumericError
+from megaclass.errors import ConfigError, NoProgressError, NumericError
 from megaclass.parallel.agreement import Agreement
 from megaclass.train.outcome import OUTCOME, is_under_agent
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+MAX_STARTS = 5
+"""Starts by one agent at the same step before the run is given up."""
 
 _ANSWER_SECONDS = 120.0
 _REPEAT_SECONDS = 2.0
@@ -206,3 +209,26 @@ class FiniteGuard:
                 f"step {step}: loss or gradient not finite in {self.num_in_a_row} steps in a row "
                 f"(train.non_finite_limit {self._limit}); lower optim.lr or classifier.scale, or set optim.clip_norm"
             )
+
+
+def check_progress(attempts: Sequence[Mapping[str, Any]], agent_run: str | None, step: int) -> None:
+    """End a run that its agent starts again and again without a new checkpoint in between.
+
+    Args:
+        attempts: the lines of attempts.jsonl, this start not among them; each with `agent_run` and `start_step`.
+        agent_run: id of the agent's run, None without an agent (a person who starts again knows why).
+        step: where this start would continue.
+
+    Raises:
+        NoProgressError: the last `MAX_STARTS` starts by this agent began at this step too.
+    """
+    if agent_run is None:
+        return
+    last = attempts[-MAX_STARTS:]
+    if len(last) == MAX_STARTS and all(
+        line.get("agent_run") == agent_run and line.get("start_step") == step for line in last
+    ):
+        raise NoProgressError(
+            f"the last {MAX_STARTS} starts all began at step {step} and ended without a new checkpoint; see train.log "
+            "and the ranks' output for what ends them, mend it, and start the run again"
+        )

@@ -53,14 +53,24 @@ def record_outcome(run_dir: Path | None, rank: int, code: int, reason: str, step
             _log.warning("outcome of rank %d could not be written to %s: %s", rank, path, error.strerror)
 
 
-def exit_code_for_process(code: int, under_agent: bool) -> int:
-    """The code a process ends with: under an agent 0 for everything that a restart cannot mend, alone `code`."""
-    return 0 if under_agent and code in (*_PERMANENT, PREEMPTED) else code
+def exit_code_for_process(code: int, under_agent: bool, is_permanent: bool = False) -> int:
+    """The code a process ends with: under an agent 0 for everything that a restart cannot mend, alone `code`.
+
+    `is_permanent` says so of a fault whose code alone does not.
+    """
+    return 0 if under_agent and (is_permanent or code in (*_PERMANENT, PREEMPTED)) else code
 
 
 def is_under_agent() -> bool:
     """Whether a torchrun agent has started this process and would start it again."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    return agent_run() is not None
+
+
+def agent_run() -> str | None:
+    """Which run of an agent this process belongs to, the same after a restart by it; None without an agent."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    # A run id may be a fixed word; the folder of outcomes is new for every launch.
+    return None if run_id is None else f"{run_id} {os.environ.get('MEGACLASS_OUTCOME_DIR', '')}".strip()
 
 
 def _tells_more(content: dict[str, Any], path: Path) -> bool:

@@ -20,11 +20,11 @@ from megaclass import checkpoint
 from megaclass.config import Config
 from megaclass.data.bad_samples import REASONS
 from megaclass.data.batch import Batch
-from megaclass.errors import CheckpointError, PeerError, UserError
+from megaclass.errors import CheckpointError, NoProgressError, PeerError, UserError
 from megaclass.evaluate.embed import score_on_main
 from megaclass.evaluate.judge import lookup, table
 from megaclass.evaluate.split import EvaluationSet, evaluate_backbone, evaluate_baselines, open_evaluation
-from megaclass.observe.journal import Journal, next_attempt, read_metrics
+from megaclass.observe.journal import Journal, next_attempt, read_lines, read_metrics
 from megaclass.observe.logging import log_to_run
 from megaclass.observe.metrics import StepMeter
 from megaclass.observe.progress import ProgressLine
@@ -34,8 +34,8 @@ from megaclass.parallel.collectives import broadcast_from_main, sum_over_ranks
 from megaclass.parallel.process import World, world
 from megaclass.train import build, loop, state
 from megaclass.train.failure import explain, tell_peers
-from megaclass.train.guard import FiniteGuard, StopSignal, own_run_directory
-from megaclass.train.outcome import PREEMPTED, exit_code_for_process, is_under_agent, record_outcome
+from megaclass.train.guard import FiniteGuard, StopSignal, check_progress, own_run_directory
+from megaclass.train.outcome import PREEMPTED, agent_run, exit_code_for_process, is_under_agent, record_outcome
 from megaclass.train.watchdog import Watchdog, end_process
 
 _log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 def train(config: Config) -> int:
     """Train as configured, continuing the run directory's newest checkpoint; returns the process's exit code."""
     owned: Path | None = None
-    rank, step = 0, None
+    rank, step, is_permanent = 0, None, False
     try:
         with world(config.train.device, config.run.hang_seconds) as w:
             rank = w.rank
@@ -64,10 +64,10 @@ def train(config: Config) -> int:
                 raise explain(w, error) from error
         reason = "done" if code == 0 else "preempted and saved"
     except UserError as error:
-        code, reason = error.exit_code, str(error)
+        code, reason, is_permanent = error.exit_code, str(error), isinstance(error, NoProgressError)
         print(f"megaclass: {_one_rank(rank)}{reason}", file=sys.stderr, flush=True)
     record_outcome(owned, rank, code, reason, step)
-    return exit_code_for_process(code, is_under_agent())
+    return exit_code_for_process(code, is_under_agent(), is_permanent)
 
 
 def _one_rank(rank: int) -> str:
@@ -131,18 +131,21 @@ class Run:
     def _prepare(self) -> None:
         """Build the parts, find out together where to continue, open what is written."""
         config, w = self.config, self.world
+        build.check_batch(config, w.size)
+        found: dict[str, Any] = score_on_main(w, "resume", self._find)
+        self.attempt: int = found["attempt"]
+        # Before anything is built: a start that dies while building counts as one without progress.
+        facts = {"agent_run": agent_run(), "start_step": found["start_step"]}
+        self.journal = Journal(config.run.dir, self.attempt, w, facts)
+        self._open.append(self.journal.close)
         self.evaluation = open_evaluation(config)
         self.training = build.build(config, w)
         self._open.append(self.training.reader.close)
-        found: dict[str, Any] = score_on_main(w, "resume", self._find)
-        self.attempt: int = found["attempt"]
         self.extra: dict[str, Any] = {"skipped": {}, "replayed": 0, "best": None}
         if found["path"] is not None:
             self._resume(Path(found["path"]), found["last_logged"])
         self.step = self.training.step
         self.saved_step = self.training.step if found["path"] is not None else -1
-        self.journal = Journal(config.run.dir, self.attempt, w)
-        self._open.append(self.journal.close)
         self.finite = FiniteGuard(config.train.non_finite_limit)
         self.meter = StepMeter(self.training.num_steps - self.training.step)
         self.exporter = None
@@ -173,8 +176,11 @@ class Run:
         """On rank 0: the attempt's number, the checkpoint to continue from, the newest step earlier attempts logged."""
         checkpoint.remove_leftovers(self.directory)
         path = checkpoint.find_latest(self.directory)
+        step = 0 if path is None else checkpoint.step_of(path)
+        check_progress(read_lines(self.config.run.dir / "attempts.jsonl"), agent_run(), step)
         logged = read_metrics(self.config.run.dir)
         return {
+            "start_step": step,
             "attempt": max(next_attempt(self.config.run.dir), checkpoint.latest_attempt(self.directory) + 1),
             "path": None if path is None else str(path),
             "last_logged": logged[-1]["step"] if logged else 0,

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megaclass.errors import ConfigError, NumericError
+from megaclass.errors import ConfigError, NoProgressError, NumericError
 from megaclass.parallel.process import World
-from megaclass.train.guard import STOP_SIGNALS, FiniteGuard, StopSignal, own_run_directory
+from megaclass.train.guard import STOP_SIGNALS, FiniteGuard, StopSignal, check_progress, own_run_directory
+from megaclass.train.outcome import exit_code_for_process
 from tests.support.checkpoints import ALONE, make_worlds, on_threads
 
 
@@ -264,3 +265,17 @@ def test_finite_guard_counts_only_steps_in_a_row() -> None:
         NumericError, match=r"step 5: .* in 3 steps in a row \(train\.non_finite_limit 3\); lower optim"
     ):
         guard.record(5, False)
+
+
+def test_a_run_restarted_without_progress_is_given_up():
+    starts = [{"agent_run": "a", "start_step": 8}] * 5
+    check_progress(starts[:4], "a", 8)
+    check_progress(starts, "a", 16)
+    check_progress(starts, "b", 8)
+    check_progress(starts, None, 8)  # a person who starts again knows why
+    with pytest.raises(
+        NoProgressError, match="the last 5 starts all began at step 8 and ended without a new checkpoint"
+    ):
+        check_progress(starts, "a", 8)
+    assert exit_code_for_process(6, under_agent=True, is_permanent=True) == 0
+    assert exit_code_for_process(6, under_agent=True) == 6
