@@ -183,6 +183,9 @@ def _add_data(commands: Any) -> None:
     images.add_argument("--source-pattern", metavar="REGEX", help="one group, searched in the file name: the source")
     images.add_argument("--image-mode", choices=["L", "RGB"], help="convert all images (default: grey stays grey)")
     images.add_argument("--on-bad", choices=["stop", "skip"], default="stop", help="what an unreadable image does")
+    images.add_argument(
+        "--quarter-turns", action="store_true", help="add each trained class turned by 90, 180, 270 degrees as classes"
+    )
     images.add_argument("--unseen-groups", metavar="NAMES", help="groups kept unseen: last:5, or names with commas")
     for made in (glyphs, images):
         made.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -225,7 +228,7 @@ def _data_glyphs(known: argparse.Namespace) -> int:
 def _data_images(known: argparse.Namespace) -> int:
     from megaclass.prepare.images import import_images
 
-    names = ("class_depth", "source_pattern", "image_mode", "on_bad", "unseen_groups")
+    names = ("class_depth", "source_pattern", "image_mode", "on_bad", "quarter_turns", "unseen_groups")
     with _Progress("images") as progress:
         report = import_images(known.root, known.out, progress=progress, **_given(known, *names))
     print(report.text())

@@ -39,6 +39,17 @@ _NAMES = {
     "retrieval": "Retrieval",
     "one_shot": "One-shot",
     "accuracy": "accuracy",
+    "accuracy_std": "standard deviation of the accuracy over folds",
+    "num_fold_pairs": "number of pairs in the folds",
+    "folds_share_classes": "folds share classes",
+    "num_positive_pairs": "number of positive pairs",
+    "num_negative_pairs": "number of negative pairs",
+    "num_gallery": "number of samples in the gallery",
+    "num_queries": "number of queries",
+    "num_without_gallery": "number of samples of classes outside the gallery",
+    "num_alone": "number of samples alone in their class",
+    "num_trials": "number of trials",
+    "num_groups": "number of groups with enough classes",
     "tar_at_far": "TAR at FAR",
     "eer": "equal error rate",
     "rank_1": "rank-1",
@@ -181,7 +192,7 @@ def _evaluation(summary: Mapping[str, Any], evaluations: Sequence[dict[str, Any]
         models += [str(name) for name in final if name not in models]
         flat = {name: values.flatten(final[name]) for name in models}
         keys = list(dict.fromkeys(key for found in flat.values() for key in found))
-        rows = [[_label(key), *(values.percent(flat[name].get(key)) for name in models)] for key in keys]
+        rows = [[_label(key), *(_cell(key, flat[name].get(key)) for name in models)] for key in keys]
         content += page.table(["", *models], rows, strong_column=1)
     series = {}
     for key, label in _EVALUATION_CURVES.items():
@@ -191,6 +202,14 @@ def _evaluation(summary: Mapping[str, Any], evaluations: Sequence[dict[str, Any]
         chart = line_chart("Evaluation during training", series, percent=True, zoom=True)
         content += page.figure("During training", list(series), chart)
     return f'<div class="grid">{content}</div>' if content else ""
+
+
+def _cell(key: str, value: object) -> str:
+    """A number of an evaluation: counts as they are, yes or no, everything else a share."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    is_count = key.rsplit(".", 1)[-1].startswith("num_")
+    return values.text(value) if is_count and value is not None else values.percent(value)
 
 
 def _label(key: str) -> str:

@@ -20,6 +20,7 @@ from megaclass.prepare.files import ImageFiles, open_root
 from megaclass.prepare.plans import Samples, write_dataset
 from megaclass.prepare.report import PreparationReport
 from megaclass.prepare.split import choose_unseen
+from megaclass.prepare.turns import with_quarter_turns
 from megaclass.prepare.writer import SAMPLES_PER_SHARD, Progress, check_output
 
 
@@ -33,6 +34,7 @@ def import_images(
     image_mode: ImageMode | None = None,
     encoding: Encoding = "png",
     on_bad: Literal["stop", "skip"] = "stop",
+    quarter_turns: bool = False,
     unseen_fraction: float | None = None,
     unseen_classes: int | None = None,
     unseen_groups: str | list[str] | None = None,
@@ -53,6 +55,7 @@ def import_images(
         image_mode: "L" or "RGB" for all images; by default grey stays grey.
         encoding: of images that must be encoded again: "png", or "jpg" of quality 95.
         on_bad: what an unreadable image does: "stop" names it and stops, "skip" leaves it out and counts it.
+        quarter_turns: add each class that is trained on, turned by 90, 180 and 270 degrees, as three more classes.
         unseen_fraction: share of classes, chosen by hash, kept unseen; by default none.
         unseen_classes: number of classes kept unseen, those of smallest hash.
         unseen_groups: "last:5" for the last five groups in sorted order, or group names separated by commas.
@@ -81,7 +84,7 @@ def import_images(
             unseen_classes=unseen_classes,
             unseen_groups=unseen_groups,
         )
-        skipped: list[int] = []
+        skipped: set[int] = set()
 
         def load(number: int) -> EncodedImage | None:
             try:
@@ -92,16 +95,18 @@ def import_images(
                         f"{files.root}: image {files.names[number]} cannot be read: {error}; replace or remove it, "
                         "or give --on-bad skip"
                     ) from None
-                skipped.append(number)
+                skipped.add(number)
                 return None
 
         samples = Samples(layout.names, layout.groups, source_names, layout.classes, sources, load)
+        if quarter_turns:
+            samples, unseen = with_quarter_turns(samples, unseen)
         report = write_dataset(
             out,
             samples,
             unseen,
             name=name or Path(root).stem,
-            description=f"{len(layout.names)} classes from a folder per class",
+            description=f"{len(samples.names)} classes from a folder per class",
             samples_per_shard=samples_per_shard,
             overwrite=overwrite,
             progress=progress,
@@ -112,7 +117,7 @@ def import_images(
         "samples without a source": int((sources < 0).sum()) if source_pattern else 0,
         "empty folders ignored": len(files.empty_folders),
     }
-    return replace(report, counts=counts, warnings=report.warnings + _warnings(files, layout, skipped))
+    return replace(report, counts=counts, warnings=report.warnings + _warnings(files, layout, sorted(skipped)))
 
 
 @dataclass(frozen=True)

@@ -346,7 +346,6 @@ class Run:
         if not self.world.is_main:
             return
         training = self.training
-        wall = time.monotonic() - self.started
         trained = training.position
         self.journal.write_summary(
             {
@@ -362,11 +361,7 @@ class Run:
                     "skipped": skipped,
                     "replayed": self.extra["replayed"],
                 },
-                "goodput": {
-                    "share": (self.seconds["step"] - self.seconds["data_wait"]) / wall,
-                    "wall_seconds": wall,
-                    **{f"{name}_seconds": seconds for name, seconds in self.seconds.items()},
-                },
+                "goodput": self._goodput(),
                 # Linux counts in KiB.
                 "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "peak_gpu_bytes": torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else 0,
@@ -374,3 +369,15 @@ class Run:
                 "evaluation": evaluation,
             }
         )
+
+    def _goodput(self) -> dict[str, float]:
+        """How this attempt's wall time divides, and the share of it in which steps were computed."""
+        wall = time.monotonic() - self.started
+        parts = {**self.seconds, "compute": self.seconds["step"] - self.seconds["data_wait"]}
+        parts["other"] = wall - sum(seconds for name, seconds in self.seconds.items() if name != "data_wait")
+        del parts["step"]
+        return {
+            "share": parts["compute"] / wall,
+            "wall_seconds": wall,
+            **{f"{name}_seconds": parts[name] for name in sorted(parts)},
+        }

@@ -30,7 +30,9 @@ def test_wheel_installs_outside_the_tree_with_its_console_script(tmp_path: Path)
     run(*pip, "--no-index", "--target", str(site), str(wheel), folder=tmp_path)
     script = site / "bin" / "megaclass"
     shown = run(str(script), "--version", folder=tmp_path, PYTHONPATH=str(site))
-    where = run(sys.executable, "-c", "import megaclass; print(megaclass.__file__)", folder=tmp_path, PYTHONPATH=str(site))
+    where = run(
+        sys.executable, "-c", "import megaclass; print(megaclass.__file__)", folder=tmp_path, PYTHONPATH=str(site)
+    )
     assert shown.startswith("megaclass 0.")
     assert Path(where.strip()).is_relative_to(site)
     assert "dataset.augment.flip" in run(str(script), "train", "--help", folder=tmp_path, PYTHONPATH=str(site))

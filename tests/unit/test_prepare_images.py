@@ -284,3 +284,34 @@ def test_files_without_a_source_are_counted(tmp_path: Path) -> None:
     assert report.counts["samples without a source"] == 1
     records, _ = load_index(tmp_path / "out", "train", report.manifest.splits["train"])
     assert sorted(records["source"].tolist()) == [-1, 0]
+
+
+def test_quarter_turns_multiply_the_trained_classes_only(tmp_path: Path) -> None:
+    from megaclass.data.samples import iterate_split
+
+    for name in ("a", "b", "c"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+        for number in range(2):
+            (tmp_path / "root" / name / f"{number}.png").write_bytes(picture(40 * number + len(name)))
+    import_images(tmp_path / "root", tmp_path / "out", quarter_turns=True, unseen_classes=1)
+    manifest = load_manifest(tmp_path / "out")
+    train, unseen = manifest.splits["train"], manifest.splits["unseen"]
+    assert (train.num_classes, train.num_samples) == (8, 16)
+    assert (unseen.num_classes, unseen.num_samples) == (1, 2)
+    names = load_class_names(tmp_path / "out", train).names
+    kept = sorted({name.partition("@")[0] for name in names})
+    assert names == sorted(f"{name}{turn}" for name in kept for turn in ("", "@90", "@180", "@270"))
+    seen: dict[str, set[bytes]] = {}
+    for batch in iterate_split(
+        tmp_path / "out", "train", rank=0, world_size=1, batch_size=16, image_size=9, channels=1
+    ):
+        for image, label in zip(batch.images, batch.labels.tolist(), strict=True):
+            seen.setdefault(names[label], set()).add(image[0].numpy().tobytes())
+    for name in kept:
+        for turn in (1, 2, 3):
+            turned = {
+                np.ascontiguousarray(np.rot90(np.frombuffer(data, np.float32).reshape(9, 9), turn)).tobytes()
+                for data in seen[name]
+            }
+            assert seen[f"{name}@{90 * turn}"] == turned
+    assert verify(tmp_path / "out").ok
