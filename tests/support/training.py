@@ -19,7 +19,7 @@ def small_dataset(folder: Path) -> Path:
     return write_tiny_dataset(folder, num_classes=37, samples_per_class=5, num_shards=3, unseen_classes=6)
 
 
-def small_config(dataset: Path, run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+def small_config(dataset: Path, run_dir: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
     """A configuration for it as a plain dictionary; `sections` are merged over it.
 
     The learning rate is low on purpose. Runs that differ by rounding drift apart in float32 as fast as training moves:
