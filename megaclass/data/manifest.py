@@ -26,6 +26,8 @@ from megaclass.errors import DataError
 
 FORMAT = 1
 MANIFEST_NAME = "dataset.json"
+# A plain name below the data set's folder: never a path, never `..`.
+FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
 
 # offset/length: the byte range in the tar that holds all members of the sample, headers included.
 # source: who or what made the sample (typeface, drawer, camera): an index into the split's `sources`, -1 if unknown.
@@ -39,8 +41,8 @@ class _Model(BaseModel):
 class ShardInfo(_Model):
     """One tar shard: its file, its index file, how many samples and bytes, and the SHA-256 of each file."""
 
-    file: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
-    index: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    file: str = Field(pattern=FILE_NAME)
+    index: str = Field(pattern=FILE_NAME)
     num_samples: int = Field(ge=0)
     num_bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -52,7 +54,7 @@ class SplitInfo(_Model):
 
     num_classes: int = Field(ge=0)
     num_samples: int = Field(ge=0)
-    classes: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    classes: str = Field(pattern=FILE_NAME)
     classes_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     sources: list[str] = []
     shards: list[ShardInfo]
@@ -129,11 +131,12 @@ def load_index(folder: Path, split_name: str, split: SplitInfo) -> tuple[np.ndar
     parts, numbers = [], []
     for number, shard in enumerate(split.shards):
         path = Path(folder) / shard.index
+        if not path.is_file():
+            raise DataError(f"index file {path} is missing; make the data set again")
         try:
             records = np.load(path, allow_pickle=False)
-        except FileNotFoundError:
-            raise DataError(f"index file {path} is missing; make the data set again") from None
-        except (OSError, ValueError, EOFError, SyntaxError) as error:
+        # A damaged header makes numpy's parser raise nearly anything.
+        except Exception as error:
             raise DataError(f"index file {path} cannot be read: {error}; make the data set again") from None
         if records.dtype != INDEX_DTYPE or records.ndim != 1:
             raise DataError(f"index file {path} has records of type {records.dtype}; expected {INDEX_DTYPE}")
