@@ -52,7 +52,7 @@ done
 verdict='' # a permanent failure goes before a preemption, the lowest rank first
 while read -r file; do
   recorded=$(sed -n 's/.*"code"[[:space:]]*:[[:space:]]*\([0-9]\{1,3\}\).*/\1/p' "$file")
-  case $recorded in [2-5]) verdict=$recorded; break ;; 75) verdict=75 ;; esac
+  case $recorded in [2-5]) verdict=$recorded; break ;; 6 | 75) verdict=$recorded ;; esac
 done < <(find "$outcomes" -name 'rank-*.json' | sort -V)
 [[ -n $verdict ]] || case $code in 0 | 2) verdict=$code ;; *) verdict=6 ;; esac # 2: torchrun's own options
 ((verdict == 0)) || say "exit code $verdict"

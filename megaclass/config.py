@@ -209,6 +209,12 @@ class Config(Section):
             )
         if any(not 0 <= beta < 1 for beta in self.optim.betas):
             faults.append(f"optim.betas {self.optim.betas}: each must lie in [0, 1)")
+        wanted = self.evaluate.best_metric.split(".")[0].replace("_", "-")
+        if self.evaluate.every is not None and wanted not in self.evaluate.protocols:
+            faults.append(
+                f"evaluate.best_metric {self.evaluate.best_metric!r} is not made by evaluate.protocols "
+                f"({', '.join(self.evaluate.protocols)}); add {wanted!r} or choose another metric"
+            )
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -228,7 +234,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"configuration file {path} does not exist; the ones that come along are in configs/"
+            f"configuration file {path} does not exist; CONFIG comes before the options, and some are in configs/"
         ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"configuration file {path} cannot be read: {' '.join(str(error).split())}") from None

@@ -10,6 +10,8 @@ class UserError(ValueError):
     """A mistake of the user's, shown as one line; `exit_code` says of which kind."""
 
     exit_code = 1
+    is_repeated = False
+    """Whether another rank has raised and reported the same."""
 
 
 class ConfigError(UserError):

@@ -15,6 +15,7 @@ LAYERS = {
     "cli": 6,
     "__main__": 6,
     "train.run": 5,
+    "train.attempt": 5,
     "train.trained": 5,
     "train.dry_run": 5,
     "train.build": 5,

@@ -181,3 +181,8 @@ def step_of(path: Path) -> int:
     name = FolderName.parse(path.name)
     assert name is not None, path
     return name.step
+
+
+def mark_best(directory: Path, path: Path) -> None:
+    """Let a checkpoint that is already saved be the best one, which pruning keeps; on rank 0."""
+    write_hint(directory, BEST, path)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megaclass.errors import CheckpointError, ConfigError, DataError, NoProgressError, NumericError, PeerError
 from megaclass.evaluate.similarity import unit_length
+from megaclass.parallel.agreement import Agreement
 from megaclass.parallel.collectives import gather_uneven
 from megaclass.parallel.process import World
 
@@ -125,7 +126,7 @@ def score_on_main(world: World, key: str, function: Callable[[], Any], *, second
 
     Args:
         world: the ranks; all of them call this.
-        key: a name never used before in this world, such as `evaluate/1000`: an old answer would be taken for new.
+        key: what is scored, such as `evaluate/1000`; all ranks ask for the same things in the same order.
         function: called on rank 0 alone; returns what JSON can hold.
         seconds: how long the others wait.
 
@@ -137,6 +138,8 @@ def score_on_main(world: World, key: str, function: Callable[[], Any], *, second
             that on rank 0 and `PeerError` on the others.
         PeerError: rank 0 did not answer in time.
     """
+    # Unique even where several runs share one world.
+    what, key = key, Agreement(world, key).key("answer")
     if world.is_main:
         try:
             text = json.dumps({"result": function()}, allow_nan=False)
@@ -151,8 +154,10 @@ def score_on_main(world: World, key: str, function: Callable[[], Any], *, second
         return answer["result"]
     world.publish(f"{key}/seen/{world.rank}", "")
     if answer["error"] in SHARED_ERRORS:
-        raise SHARED_ERRORS[answer["error"]](answer["reason"])
-    raise PeerError(f"rank 0 failed in {key!r} with {answer['error']}: {answer['reason'][:200]}; see its log")
+        repeated = SHARED_ERRORS[answer["error"]](answer["reason"])
+        repeated.is_repeated = True
+        raise repeated
+    raise PeerError(f"rank 0 failed in {what!r} with {answer['error']}: {answer['reason'][:200]}; see its log")
 
 
 def _await_acknowledgements(world: World, key: str) -> None:

@@ -1,7 +1,7 @@
 """A split to evaluate on, opened once, and the judgement of a backbone on it over all ranks.
 
 Separate from the protocols (pure) and from `embed` (any batches): this file knows data sets. It is opened before
-training starts, so that a missing split or an impossible protocol is found at once and not after hours.
+training starts, so that a missing split is found at once and not after hours.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def open_evaluation(config: Config) -> EvaluationSet | None:
     where evaluating was asked for (`evaluate.path` or `evaluate.every`).
 
     Raises:
-        DataError: no such data set or split, or it cannot serve a protocol.
+        DataError: no such data set or split, or it is empty.
         ConfigError: the gallery's source does not exist.
     """
     evaluate = config.evaluate

@@ -13,6 +13,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -174,6 +175,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and _is_whole(line.setdefault("attempt", 1)) and _is_whole(line.get("step", 0)):
             lines.append(line)
     return lines
+
+
+def replayed_steps(
+    attempts: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], attempt: int, start_step: int
+) -> int:
+    """Logged steps that were lost and had to be taken again, over all attempts of a run.
+
+    Args:
+        attempts: lines of attempts.jsonl, each with `attempt` and `start_step`.
+        metrics: all lines of metrics.jsonl.
+        attempt: the attempt that begins now.
+        start_step: the step it begins at.
+    """
+    last: dict[int, int] = {}
+    for line in metrics:
+        last[line["attempt"]] = max(last.get(line["attempt"], 0), line.get("step", 0))
+    starts = {line["attempt"]: line.get("start_step", 0) for line in attempts} | {attempt: start_step}
+    numbers = sorted(starts)
+    return sum(max(0, last.get(one, 0) - starts[after]) for one, after in pairwise(numbers))
 
 
 def _standing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

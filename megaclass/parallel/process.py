@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -79,37 +79,93 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+# How long a leaving rank 0, which may hold the store, lets the others look for its reason.
+_SECONDS_TO_LEAVE = 10.0
+
+
+def environment_rank() -> int:
+    """The rank of this process as torchrun gave it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 @contextmanager
 def world(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[World]:
     """Join the other ranks for the length of a `with` block.
 
     Processes that leave normally meet at a barrier first, so that none takes the connections down under another; one
     that leaves by an exception does not wait for peers that may never come.
+
+    Raises:
+        ConfigError: a rank cannot have its device; on every rank.
+        PeerError: not all ranks came within the time.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    rank = environment_rank()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = choose_device(device, local_rank)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
     if size == 1:
-        yield World(0, 1, 0, chosen, None, None)
+        yield World(0, 1, 0, _take_device(device, local_rank), None, None)
         return
     timeout = timedelta(seconds=timeout_seconds)
-    store = _join(rank, size, timeout)
-    dist.init_process_group(
-        "nccl" if chosen.type == "cuda" else "gloo",
-        store=c10d.PrefixStore("group", store),
-        rank=rank,
-        world_size=size,
-        timeout=timeout,
-        device_id=chosen if chosen.type == "cuda" else None,
-    )
+    try:
+        store = _join(rank, size, timeout)
+        chosen = _agree_on_devices(store, device, rank, size, local_rank)
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=c10d.PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        raise PeerError(
+            f"rank {rank} could not meet the other {size - 1} ranks within {timeout_seconds:.0f} s "
+            f"({str(error).splitlines()[0][:200]}); see whether all were started, and MASTER_ADDR and MASTER_PORT"
+        ) from error
     try:
         yield World(rank, size, local_rank, chosen, dist.group.WORLD, c10d.PrefixStore("megaclass", store))
         dist.barrier()
-    finally:
+    except BaseException:
         dist.destroy_process_group()
+        _leave(store, rank, size)
+        raise
+    dist.destroy_process_group()
+
+
+def _take_device(name: str, local_rank: int) -> torch.device:
+    chosen = choose_device(name, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
+def _agree_on_devices(store: c10d.Store, name: str, rank: int, size: int, local_rank: int) -> torch.device:
+    """This rank's device; if any rank cannot have its own, all raise, as a group without it would wait for ever."""
+    fault = ""
+    try:
+        chosen = _take_device(name, local_rank)
+    except ConfigError as error:
+        fault = str(error)
+    store.set(f"device/{rank}", fault)
+    if rank == 0:
+        faults = [store.get(f"device/{other}").decode() for other in range(size)]
+        store.set("device", next((found for found in faults if found), ""))
+    agreed = store.get("device").decode()
+    if agreed:
+        _leave(store, rank, size)
+        raise ConfigError(fault or agreed)
+    return chosen
+
+
+def _leave(store: c10d.Store, rank: int, size: int) -> None:
+    """Say that this rank is gone; rank 0 stays until the others have said so, or until it has waited long enough."""
+    deadline = time.monotonic() + _SECONDS_TO_LEAVE
+    with suppress(RuntimeError):
+        store.set(f"left/{rank}", "")
+        while rank == 0 and time.monotonic() < deadline:
+            if store.check([f"left/{other}" for other in range(size)]):
+                return
+            time.sleep(0.05)
 
 
 def _join(rank: int, size: int, timeout: timedelta) -> c10d.Store:

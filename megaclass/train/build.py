@@ -39,6 +39,15 @@ def check_batch(config: Config, world_size: int) -> None:
             f"train.global_batch_size {train.global_batch_size} does not divide by {world_size} ranks x "
             f"{train.accumulation_steps} accumulation steps = {unit}; use {near}"
         )
+    # Every backbone ends in a batch norm, which cannot be trained on one value.
+    is_local = config.backbone.batch_norm == "local"
+    seen = train.global_batch_size // (unit if is_local else train.accumulation_steps)
+    if seen < 2:
+        raise ConfigError(
+            f"train.global_batch_size {train.global_batch_size} leaves batch norm ({config.backbone.batch_norm}) one "
+            f"sample at a time on {world_size} ranks with {train.accumulation_steps} accumulation steps; at least 2 "
+            "are needed"
+        )
 
 
 def build(config: Config, world: World) -> Training:
@@ -55,6 +64,12 @@ def build(config: Config, world: World) -> Training:
     strategy = DDPStrategy(backbone, backbone_optimizer.build(backbone, config.optim, backbone_rate), world)
     classifier = build_classifier(config, world, reader.num_classes, strategy.grad_divisor)
     decay = config.optim.ema_decay
+    num_steps = number_of_steps(config, reader)
+    if config.optim.warmup_steps >= num_steps:
+        raise ConfigError(
+            f"optim.warmup_steps {config.optim.warmup_steps} leaves nothing of the {num_steps} steps that "
+            f"train.epochs {config.train.epochs} makes; lower it"
+        )
     return Training(
         config=config,
         world=world,
@@ -63,7 +78,7 @@ def build(config: Config, world: World) -> Training:
         classifier=classifier,
         row_optimizer=rowwise.build(config.optim.class_name, classifier.weight.detach(), config.optim),
         average=None if decay is None else MovingAverage(backbone, decay),
-        num_steps=number_of_steps(config, reader),
+        num_steps=num_steps,
     )
 
 

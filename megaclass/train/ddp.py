@@ -39,6 +39,10 @@ class DDPStrategy:
             )
         self.model: nn.Module = backbone if self._wrapped is None else self._wrapped
 
+    def begin(self) -> None:
+        """Remember the buffers; running statistics are a few numbers per channel."""
+        self._before = [(buffer, buffer.clone()) for buffer in self.backbone.buffers()]
+
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         """No traffic before the last micro-batch."""
         if self._wrapped is None or is_last:
@@ -62,8 +66,11 @@ class DDPStrategy:
         self.optimizer.zero_grad(set_to_none=True)
 
     def skip(self) -> None:
-        """Clear the gradients."""
+        """Clear the gradients and put the buffers back: one NaN would stay in a running mean for ever."""
         self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in self._before:
+                buffer.copy_(before)
 
     def state(self) -> dict[str, Tensor]:
         """`PARAMETER/KEY` -> tensor, for every tensor of the optimizer's state."""
@@ -80,6 +87,5 @@ class DDPStrategy:
         for full_name, value in state.items():
             name, key = full_name.rsplit("/", 1)
             parameter = parameters[name]
-            # A step count is kept on the CPU by torch's optimizers; everything else lies with its parameter.
-            where = "cpu" if value.ndim == 0 else parameter.device
-            self.optimizer.state[parameter][key] = value.to(where)
+            # The step count too: torch's fused optimizers want it where the parameter is.
+            self.optimizer.state[parameter][key] = value.to(parameter.device)

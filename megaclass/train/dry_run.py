@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from megaclass.config import Config
 from megaclass.evaluate.split import open_evaluation
-from megaclass.objectives import presets
+from megaclass.objectives import margins, presets
 from megaclass.parallel.process import World, choose_device
 from megaclass.parallel.shard import ClassShard
 from megaclass.train import build
@@ -34,6 +36,9 @@ def describe(config: Config) -> str:
         sampling_rate=options.sampling_rate, batch_positives=options.batch_positives,
     )  # fmt: skip
     presets.check_exponents(preset.scale, reader.num_classes)
+    margins.build(preset.margin_kind, preset.margin or 0.0)
+    with torch.device("meta"):  # shapes without memory
+        backbone = build.build_backbone(config, World(0, 1, 0, torch.device("meta"), None, None))
     steps = build.number_of_steps(config, reader)
     shards = [ClassShard(reader.num_classes, rank, size) for rank in range(size)]
     row_bytes = config.backbone.dim * build.row_dtype(config).itemsize
@@ -46,6 +51,7 @@ def describe(config: Config) -> str:
         f"ranks: {size}; rows per rank: {', '.join(str(shard.num_rows) for shard in shards[:8])}"
         f"{', ...' if size > 8 else ''}",
         f"class rows and optimizer state of the largest shard: {(1 + states) * shards[0].num_rows * row_bytes:,} bytes",
+        f"backbone: {sum(parameter.numel() for parameter in backbone.parameters()):,} parameters",
         f"steps: {steps}, {steps * config.train.global_batch_size / reader.num_samples:.2f} epochs of "
         f"{reader.num_samples:,} samples",
         "evaluation: none" if evaluation is None else f"evaluation: {len(evaluation.sources):,} samples",

@@ -22,12 +22,27 @@ _KINDS = {kind.__name__: kind for kind in UserError.__subclasses__()}
 _SIGNS = ("gloo", "connection", "nccl", "timed out", "timeout", "socket", "peer", "store")
 
 
-def tell_peers(world: World, error: UserError) -> None:
-    """Leave the reason of this rank's failure for the others, unless it only repeats another's."""
-    if world.store is None or isinstance(error, PeerError) or getattr(error, "is_repeated", False):
-        return
+def tell_peers(world: World, error: UserError) -> bool:
+    """Leave the reason of this rank's failure for the others; False if it only repeats what a rank has said before."""
+    if world.store is None or isinstance(error, PeerError):
+        return True
+    if error.is_repeated:
+        return False
+    told = json.dumps({"kind": type(error).__name__, "reason": str(error), "rank": world.rank})
     with suppress(RuntimeError):
-        world.publish(_KEY, json.dumps({"kind": type(error).__name__, "reason": str(error), "rank": world.rank}))
+        first = json.loads(world.store.compare_set(_KEY, "", told))
+        return bool(first["rank"] == world.rank or first["reason"] != str(error))
+    return True
+
+
+def told_failure(world: World) -> UserError | None:
+    """Why another rank has failed, if it has said so; an error that marks itself as a repetition."""
+    if world.store is None or not world.store.check([_KEY]):
+        return None
+    told = json.loads(world.store.get(_KEY))
+    repeated: UserError = _KINDS[told["kind"]](f"rank {told['rank']} has failed: {told['reason']}")
+    repeated.is_repeated = True
+    return repeated
 
 
 def explain(world: World, error: RuntimeError) -> Exception:
@@ -38,11 +53,8 @@ def explain(world: World, error: RuntimeError) -> Exception:
     deadline = time.monotonic() + _SECONDS_TO_LOOK
     with suppress(RuntimeError):
         while time.monotonic() < deadline:
-            if world.store.check([_KEY]):
-                told = json.loads(world.store.get(_KEY))
-                repeated: UserError = _KINDS[told["kind"]](f"rank {told['rank']} has failed: {told['reason']}")
-                repeated.is_repeated = True  # type: ignore[attr-defined]
-                return repeated
+            if (told := told_failure(world)) is not None:
+                return told
             time.sleep(0.05)
     first_line = text.strip().splitlines()[0][:300]
     return errors.PeerError(f"rank {world.rank} lost another rank ({first_line}); see the log of the rank that ended")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from megaclass.parallel.process import World
 
 LOCK = ".lock"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 MAX_STARTS = 5
 """Starts by one agent at the same step before the run is given up."""
@@ -56,7 +56,9 @@ def own_run_directory(run_dir: Path, world: World) -> Iterator[None]:
     if not world.is_main:
         error = talk.hear("owner", _ANSWER_SECONDS)["error"]
         if error is not None:
-            raise ConfigError(error)
+            repeated = ConfigError(error)
+            repeated.is_repeated = True
+            raise repeated
         yield
         return
     try:
@@ -122,7 +124,9 @@ def _close(handle: list[int]) -> None:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 as the wish to save and stop, granted at the same step on all ranks; a `with` block.
+    """The stop signals (SIGTERM and its like) as the wish to save and stop, granted at one step on all ranks.
+
+    A `with` block.
 
     A handler only sets a flag. A second SIGTERM or SIGINT ends the process at once with 128 + the signal's number.
     Under an agent a repetition within two seconds counts as the same request: schedulers signal every process, and the

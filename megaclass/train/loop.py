@@ -126,6 +126,7 @@ def train_step(
     data_wait_seconds = 0.0
     used: list[Batch] = []
     outputs: list[ClassifierOutput] = []
+    strategy.begin()
     for micro in range(num_micro):
         before = time.monotonic()
         batch = next(batches)
@@ -137,7 +138,7 @@ def train_step(
             output = classifier(embeddings, on_device.labels, draw_id=training.step * num_micro + micro)
             strategy.backward(output.loss / num_micro)
         outputs.append(output)
-        used.append(Batch(batch.images[:0], batch.labels, batch.ids, batch.position, batch.skipped))
+        used.append(Batch(batch.images.new_empty(0), batch.labels, batch.ids, batch.position, batch.skipped))
     before_update(used)
     norm, is_taken, rates = _update(training)
     return StepResult(
@@ -155,8 +156,8 @@ def _update(training: Training) -> tuple[Tensor, bool, dict[str, float]]:
     """Clip jointly and step both optimizers, or neither where the norm is not finite.
 
     The norm is the same number on every rank: backbone gradients are replicated, and the class rows' part is summed
-    over shards. So every rank takes the same decision without asking. Reading it is the one wait for the device in a
-    step; it also keeps the hosts of all ranks within one step of each other, which agreeing on a stop relies on.
+    over shards. So every rank takes the same decision without asking. Reading it waits for the device; that also keeps
+    the hosts of all ranks within one step of each other, which agreeing on a stop relies on.
     """
     config, strategy, classifier = training.config, training.strategy, training.classifier
     gradient = classifier.take_row_gradient()

@@ -24,6 +24,10 @@ class Strategy(Protocol):
     model: nn.Module
     backbone: nn.Module
 
+    def begin(self) -> None:
+        """Called before the first micro-batch of a step."""
+        ...
+
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         """Context of one micro-batch's forward and backward; gradients travel in the last one only."""
         ...
@@ -41,7 +45,7 @@ class Strategy(Protocol):
         ...
 
     def skip(self) -> None:
-        """Clear the gradients without an update."""
+        """Leave the step out: no gradient, and nothing the forward pass has changed, stays."""
         ...
 
     def state(self) -> dict[str, Tensor]:

@@ -9,24 +9,31 @@ import faulthandler
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaclass.errors import PeerError
-from megaclass.train.outcome import is_under_agent, record_outcome
+from megaclass.errors import PeerError, UserError
+from megaclass.train.outcome import exit_code_for_process, is_under_agent, record_outcome
 
 LOST_AGENT = "loss of the agent"
+_SECONDS_BETWEEN_QUESTIONS = 1.0
+_SECONDS_TO_NOTICE = 8.0
 
 
 @dataclass(frozen=True)
 class Hang:
-    """What is known when nothing has happened for too long: the last phase and step, and for how long."""
+    """What is known when nothing has happened for too long: the last phase and step, and for how long.
+
+    With a `code` it is the failure of another rank, whose exit code that is; `phase` then says why.
+    """
 
     phase: str
     step: int
     seconds: float
+    code: int = PeerError.exit_code
 
 
 class Watchdog:
@@ -42,12 +49,16 @@ class Watchdog:
     Args:
         seconds: longest time between two beats, outside of pauses.
         on_hang: called in the watching thread; `end_process` makes the usual one.
+        failure: why another rank has failed, if it has; asked once a second. A collective on a GPU may never notice.
     """
 
-    def __init__(self, seconds: float, on_hang: Callable[[Hang], None]) -> None:
+    def __init__(
+        self, seconds: float, on_hang: Callable[[Hang], None], failure: Callable[[], UserError | None] = lambda: None
+    ) -> None:
         assert seconds > 0, seconds
         self._seconds = seconds
         self._on_hang = on_hang
+        self._failure = failure
         self._last: tuple[str, int] = ("start", 0)
         self._num_pauses = 0
         self._agent = os.getppid() if is_under_agent() else None
@@ -82,11 +93,19 @@ class Watchdog:
     def _watch(self) -> None:
         interval = min(self._seconds / 20, 1.0)
         seen, num_intervals = self._last, 0
+        next_question = time.monotonic() + _SECONDS_BETWEEN_QUESTIONS
         while not self._done.wait(interval):
             last = self._last
             if self._agent is not None and os.getppid() != self._agent:
                 self._on_hang(Hang(LOST_AGENT, last[1], 0.0))
                 return
+            if time.monotonic() >= next_question:
+                next_question = time.monotonic() + _SECONDS_BETWEEN_QUESTIONS
+                told = self._failure()
+                # Most notice by themselves, and end in order: they are given the time to.
+                if told is not None and not self._done.wait(_SECONDS_TO_NOTICE):
+                    self._on_hang(Hang(str(told), last[1], 0.0, told.exit_code))
+                    return
             num_intervals = 0 if last is not seen or self._num_pauses else num_intervals + 1
             seen = last
             if num_intervals * interval >= self._seconds:
@@ -109,6 +128,8 @@ def end_process(run_dir: Path, rank: int) -> Callable[[Hang], None]:
         )
         if hang.phase == LOST_AGENT:
             line = f"rank {rank} on host {host} ends at step {hang.step}: its agent is gone; start the run again"
+        if hang.code != PeerError.exit_code:
+            line = f"rank {rank} on host {host} ends at step {hang.step}: {hang.phase}"
         try:
             with stacks.open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
@@ -117,8 +138,8 @@ def end_process(run_dir: Path, rank: int) -> Callable[[Hang], None]:
         try:
             # Not print: the thread that hangs may hold the lock of the stream.
             os.write(2, f"{line}\n".encode())
-            record_outcome(run_dir, rank, PeerError.exit_code, line, hang.step)
+            record_outcome(run_dir, rank, hang.code, line, hang.step)
         finally:
-            os._exit(PeerError.exit_code)
+            os._exit(exit_code_for_process(hang.code, is_under_agent()))
 
     return end

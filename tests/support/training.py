@@ -8,8 +8,8 @@ from typing import Any
 from megaclass import config
 from megaclass.observe.journal import read_metrics
 from megaclass.parallel.process import World
+from megaclass.train.attempt import Attempt
 from megaclass.train.guard import own_run_directory
-from megaclass.train.run import Run
 from tests.support.spawn import spawn
 from tests.support.tiny_dataset import write_tiny_dataset
 
@@ -43,7 +43,7 @@ def train_rank(world: World, content: dict[str, Any]) -> int:
     """One rank of a run; its exit code."""
     resolved = config.validate(content)
     with own_run_directory(resolved.run.dir, world):
-        run = Run(resolved, world)
+        run = Attempt(resolved, world)
         try:
             return run.go()
         finally:

@@ -149,11 +149,11 @@ def stop_at(dataset: Path, run_dir: Path, world_size: int, last: int, precision:
 def train_until(world: Any, content: dict[str, Any], last: int) -> None:
     from megaclass import config
     from megaclass.train import loop
+    from megaclass.train.attempt import Attempt
     from megaclass.train.guard import own_run_directory
-    from megaclass.train.run import Run
 
     with own_run_directory(Path(content["run"]["dir"]), world):
-        run = Run(config.validate(content), world)
+        run = Attempt(config.validate(content), world)
         original = loop.Hooks.__init__
 
         def hooks(self: Any, should_stop: Any, *rest: Any) -> None:

@@ -92,7 +92,7 @@ def test_unreadable_files(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_missing_file_says_where_there_are_some(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nothing.yaml does not exist; the ones that come along are in configs/"):
+    with pytest.raises(ConfigError, match=r"nothing.yaml does not exist; CONFIG comes before the options"):
         config.load(tmp_path / "nothing.yaml")
 
 

@@ -166,7 +166,7 @@ def _scores(world):
 
 def _late(world):
     if world.rank == 1:
-        with pytest.raises(PeerError, match="waited 0 s for 'late' from another rank"):
+        with pytest.raises(PeerError, match="waited 0 s for 'late/1/answer' from another rank"):
             score_on_main(world, "late", dict, seconds=0.2)
         world.publish("done", "")
     else:
@@ -191,7 +191,7 @@ def test_rank_0_gives_the_others_time_to_read_its_error(monkeypatch):
     main, other = (World(rank, 2, rank, CPU, None, store) for rank in (0, 1))
     with ThreadPoolExecutor(1) as pool:
         failing = pool.submit(score_on_main, main, "a", _data_error)
-        main.wait_for("a", 5)
+        main.wait_for("a/1/answer", 5)
         assert not failing.done()
         with pytest.raises(DataError, match="no queries"):
             score_on_main(other, "a", _broken)

@@ -308,9 +308,11 @@ def test_files_that_are_no_files(folder: Path) -> None:
     (folder / TAR).unlink()
     (folder / TAR).mkdir()
     assert f"{TAR}: missing" in faults_of(folder)
+    edit_manifest(folder, lambda split: split["shards"][0].update(file="same", index="same"))
+    assert "same: missing" in faults_of(folder)
+    assert "dataset.json: same is listed 2 times" in faults_of(folder)
     edit_manifest(folder, lambda split: split["shards"][0].update(file="..", index=".."))
-    assert "..: missing" in faults_of(folder)
-    assert "dataset.json: .. is listed 2 times" in faults_of(folder)
+    assert "splits.train.shards.0.file" in faults_of(folder)
 
 
 def test_long_lists_are_cut_with_a_count(folder: Path) -> None:
