@@ -37,7 +37,7 @@ demo: $(VENV)/package
 #   make omniglot  one-shot recognition of unseen alphabets (Omniglot, from MEGACLASS_DATA)
 omniglot: $(VENV)/package
 	test -f data/omniglot/dataset.json || $(BIN)/megaclass data images $(MEGACLASS_DATA)/omniglot/images_background.zip \
-		--out data/omniglot --class-depth 2 --source-pattern '_(\d+)\.png$$' --unseen-groups last:5 --image-size 48
+		--out data/omniglot --class-depth 2 --source-pattern '_(\d+)\.png$$' --unseen-groups last:5 --image-size 48 --quarter-turns
 	launch/torchrun.sh --nproc-per-node $(RANKS) -m megaclass train configs/omniglot.yaml
 
 #   make hanglyph  identification of unseen Han characters (from MEGACLASS_DATA)
