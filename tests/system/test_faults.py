@@ -155,3 +155,30 @@ def test_a_fault_of_one_rank_while_starting_ends_both_alike(dataset: Path, tmp_p
     assert process.returncode == 2, output
     assert "torch finds no CUDA device here" in output
     assert "Traceback" not in output
+
+
+def _slow_scoring(world: World) -> tuple[Any, float]:
+    """Rank 0 scores for twice as long as a collective may take; then both meet in a collective of that group."""
+    import dataclasses
+    import time
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    from megaclass.evaluate.embed import score_on_main
+    from megaclass.parallel.collectives import sum_over_ranks
+
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    world = dataclasses.replace(world, group=group)
+
+    def score() -> dict[str, float]:
+        time.sleep(4)
+        return {"share": 0.5}
+
+    return score_on_main(world, "slow", score), float(sum_over_ranks(torch.ones(1), group))
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_scoring_may_outlast_the_limit_of_a_collective() -> None:
+    assert spawn(_slow_scoring, 2) == [({"share": 0.5}, 2.0)] * 2

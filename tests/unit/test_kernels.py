@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megaclass.kernels import chunked, negatives
 from megaclass.kernels.row_gradient import RowGradient, merge
+from tests.support.largest import Largest
 
 
 def make(m: int, classes: int, dim: int, drawn: int | None, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -103,3 +104,19 @@ def test_merge_adds_like_dense_matrices(parts: list[list[int]], whole: bool) -> 
         assert merged.rows.tolist() == sorted({row for part in parts for row in part})
         result[merged.rows] = merged.values
     torch.testing.assert_close(result, dense)
+
+
+def test_chunked_never_holds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers keep several [batch, classes] matrices; here the largest tensor is the row gradient itself."""
+    monkeypatch.setattr(chunked, "CHUNK_ROWS", 64)
+    monkeypatch.setattr(chunked, "KEEP_BYTES", 0)
+    embeddings, weight, rows, labels = make(256, 5000, 8, None, torch.float32)
+    with Largest() as forward:
+        sums = negatives.forward(embeddings, weight, rows, labels, scale=16.0, kernel="chunked")
+    assert 0 < forward.numel <= 256 * 64
+    with Largest() as backward:
+        sums.row_pass(torch.ones(256))
+    assert backward.numel == 5000 * 8
+    with Largest() as dense:
+        negatives.forward(embeddings, weight, rows, labels, scale=16.0, kernel="reference")
+    assert dense.numel == 256 * 5000

@@ -13,6 +13,7 @@ from megaclass.errors import ConfigError
 from megaclass.kernels.row_gradient import RowGradient
 from megaclass.optim import rowwise
 from megaclass.optim.rowwise import RowAdamW, RowSGD, build
+from tests.support.largest import Largest
 
 NUM_ROWS, DIM = 13, 7
 
@@ -138,3 +139,13 @@ def test_mismatched_values_are_caught():
         optimizer.step(RowGradient(None, torch.zeros(5, DIM, dtype=torch.float64)), 0.1)
     with pytest.raises(AssertionError):
         optimizer.step(RowGradient(torch.tensor([1, 2]), torch.zeros(1, DIM, dtype=torch.float64)), 0.1)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_step_makes_nothing_larger_than_the_drawn_rows(name):
+    """The peer's optimizer touches the whole shard whatever was drawn."""
+    weight = torch.randn(5000, 8)
+    optimizer = build(name, weight, Optim())
+    with Largest() as step:
+        optimizer.step(RowGradient(torch.arange(0, 5000, 100), torch.randn(50, 8)), 0.1)
+    assert 0 < step.numel <= 50 * 8
