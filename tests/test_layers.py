@@ -148,6 +148,18 @@ def test_no_pickle_and_no_shell() -> None:
                     assert not is_unsafe, module_name(path)
 
 
+def test_the_class_layer_reads_nothing_back_to_the_host() -> None:
+    """A value read in forward or backward stalls a GPU; the peer does it twice in every step."""
+    for path in FILES:
+        module = module_name(path)
+        if module.split(".")[0] in ("objectives", "kernels") or module == "parallel.collectives":
+            for node in ast.walk(ast.parse(path.read_text())):
+                name = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+                # The lengths of an uneven gather must be known on the host; it serves evaluation only.
+                is_gather = module == "parallel.collectives" and name == "tolist"
+                assert name not in ("item", "tolist", "cpu", "numpy") or is_gather, (module, name)
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_sizes(path: Path) -> None:
     text = path.read_text()

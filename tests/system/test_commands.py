@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from megaclass.checkpoint import find_latest, verify
 from megaclass.cli import main
 from megaclass.observe.journal import read_metrics
 from tests.support.tiny_dataset import tiny_image
@@ -162,6 +163,19 @@ def test_synthetic_data_needs_no_files(tmp_path: Path) -> None:
     }  # fmt: skip
     lines = train(content)
     assert lines[-1]["positive_cosine"] > lines[0]["positive_cosine"] + 0.2
+
+
+@pytest.mark.parametrize("batch_norm", ["local", "sync"])
+def test_bfloat16_autocast_learns_with_float32_weights(trained: Path, tmp_path: Path, batch_norm: str) -> None:
+    content = small_config(
+        trained / "tiny", tmp_path / "run", train={"precision": "bfloat16", "steps": 25}, optim={"lr": 0.05},
+        backbone={"batch_norm": batch_norm},
+    )  # fmt: skip
+    lines = train(content)
+    assert lines[-1]["positive_cosine"] > lines[0]["positive_cosine"] + 0.2
+    path = find_latest(tmp_path / "run" / "checkpoints")
+    assert path is not None
+    assert {fact["dtype"] for fact in verify(path).tensors.values()} <= {"float32", "int64"}
 
 
 @pytest.mark.slow

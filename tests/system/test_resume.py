@@ -34,7 +34,9 @@ def config_for(dataset: Path, run_dir: Path, **train_options: Any) -> dict[str, 
     return small_config(dataset, run_dir, train={"steps": STEPS, "checkpoint_every": 8, **train_options})
 
 
-def start(content: dict[str, Any], world_size: int, *more: str) -> subprocess.Popen[str]:
+def start(
+    content: dict[str, Any], world_size: int, *more: str, launcher_options: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
     """`megaclass train` as a user starts it, alone or under torchrun, in a session of its own."""
     run_dir = Path(content["run"]["dir"])
     path = run_dir.parent / f"{run_dir.name}.yaml"
@@ -42,7 +44,8 @@ def start(content: dict[str, Any], world_size: int, *more: str) -> subprocess.Po
     program = ["-m", "megaclass", "train", str(path), *more]
     command = [sys.executable, *program]
     if world_size > 1:
-        command = [str(ROOT / "launch" / "torchrun.sh"), "--nproc-per-node", str(world_size), *program]
+        launcher = [str(ROOT / "launch" / "torchrun.sh"), *launcher_options]
+        command = [*launcher, "--nproc-per-node", str(world_size), *program]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -138,8 +141,29 @@ def test_continued_at_other_world_sizes(dataset: Path, tmp_path: Path, precision
     assert_every_sample_once_per_epoch(moved)
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_killed_on_two_ranks_and_continued_on_three(dataset: Path, tmp_path: Path) -> None:
+    """A rank dies between checkpoints and nobody restarts it; three ranks take the steps since the last one again."""
+    straight, moved = tmp_path / "straight", tmp_path / "moved"
+    expected = train(config_for(dataset, straight), 1)
+    content = config_for(dataset, moved)
+    process = start(content, 2, launcher_options=("--max-restarts", "0"))
+    wait_for_step(moved, 12, process)
+    os.kill(workers(moved)[-1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 6, output
+    actual = train(content, 3)
+    assert {line["world_size"] for line in actual} == {2, 3}
+    for one, two in zip(expected, actual, strict=True):
+        assert abs(one["loss"] - two["loss"]) <= 1e-5 * abs(one["loss"]), one["step"]
+    assert sample_ids(moved) == sample_ids(straight)
+    assert_every_sample_once_per_epoch(moved)
+    assert json.loads((moved / "summary.json").read_text())["samples"]["replayed"] > 0
+
+
 def stop_at(dataset: Path, run_dir: Path, world_size: int, last: int, precision: str) -> None:
-    """Run on until step `last` has its checkpoint, then die there without a word."""
+    """Run on until step `last`, and stop there as a signal would make it."""
     from tests.support.spawn import spawn
 
     content = config_for(dataset, run_dir, precision=precision)
