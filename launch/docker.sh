@@ -33,7 +33,7 @@ if [[ -z $image ]]; then if $gpus; then image=megaclass:gpu; else image=megaclas
 # --init reaps what a killed rank leaves; the time to stop is what saving may take; files belong to who started it.
 options=(--rm --init --stop-timeout 240 --shm-size "$shm" --ulimit memlock=-1 --ulimit stack=67108864
   --user "$(id -u):$(id -g)"
-  --volume "$(realpath -m "$data"):/work/data" --volume "$(realpath -m "$runs"):/work/runs")
+  --volume "$(realpath -m "$data"):/workspace/data" --volume "$(realpath -m "$runs"):/workspace/runs")
 if $gpus; then options+=(--gpus all); fi
 # InfiniBand: the device files, and leave to pin memory for them.
 if [[ -d /dev/infiniband ]]; then options+=(--device /dev/infiniband --cap-add IPC_LOCK); fi

@@ -277,7 +277,13 @@ def test_the_docker_line(tmp_path: Path) -> None:
     words = shlex.split(bash(script, *arguments, "megaclass", "train", "--observe.metrics-port", "9500").stdout)
     assert words[:2] == ["docker", "run"]
     assert words[-5:] == ["mine", "megaclass", "train", "--observe.metrics-port", "9500"]
-    for expected in (f"{tmp_path}/a b:/work/data", f"{Path.cwd()}/r:/work/runs", "2g", "memlock=-1", "--init"):
+    for expected in (
+        f"{tmp_path}/a b:/workspace/data",
+        f"{Path.cwd()}/r:/workspace/runs",
+        "2g",
+        "memlock=-1",
+        "--init",
+    ):
         assert expected in words
     assert "--no-healthcheck" not in words
     assert "--no-healthcheck" in bash(script, "--dry-run", "megaclass", "doctor").stdout
