@@ -182,3 +182,18 @@ def _slow_scoring(world: World) -> tuple[Any, float]:
 @pytest.mark.slow
 def test_scoring_may_outlast_the_limit_of_a_collective() -> None:
     assert spawn(_slow_scoring, 2) == [({"share": 0.5}, 2.0)] * 2
+
+
+def _shards_of_two_nodes(world: World, content: dict[str, Any]) -> tuple[int, int]:
+    """As on two nodes with one process each: every rank is the first of its node."""
+    import dataclasses
+
+    two_nodes = dataclasses.replace(world, local_rank=0)
+    shard = build.build_classifier(config.validate(content), two_nodes, 37, world.size).shard
+    return shard.start, shard.stop
+
+
+@pytest.mark.distributed
+def test_shards_follow_the_rank_and_not_the_place_within_a_node(dataset: Path, tmp_path: Path) -> None:
+    """A peer pairs the local rank with the global world size: the second node repeats the first's classes."""
+    assert spawn(_shards_of_two_nodes, 2, small_config(dataset, tmp_path)) == [(0, 19), (19, 37)]
