@@ -1,26 +1,16 @@
-"""Every option of a run, as frozen models, and the one way to read them.
+"""Every option of a run, as frozen models.
 
-Plain data: this file imports nothing heavy, so that a wrong option is reported in well under two seconds. A
-configuration is a YAML file plus `--section.key value` overrides; both are merged into one dictionary and validated
-once, so that every mistake is reported at once. The resolved configuration is written beside the run and can be given
-back unchanged. There is no inheritance between files and no option in the environment.
-
-Combinations that depend on the data set or on the number of ranks are checked by `train.run` before anything is
-loaded.
+Plain data, and what combinations of it are impossible whatever the data set and the number of ranks; those that depend
+on them are checked by `train.build` before anything is loaded.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from megaclass.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -222,128 +212,3 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The configuration as YAML that `load` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def load(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `--section.key value` overrides, validate everything at once.
-
-    Raises:
-        ConfigError: the file cannot be read, or with one line for every mistake in it and in the overrides.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"configuration file {path} does not exist; CONFIG comes before the options, and some are in configs/"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"configuration file {path} cannot be read: {' '.join(str(error).split())}") from None
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"configuration file {path} must hold sections like `train:`, not a {type(content).__name__}")
-    faults = _apply(content, overrides)
-    return validate(content, faults)
-
-
-def validate(content: dict[str, Any], faults: Sequence[str] = ()) -> Config:
-    """The configuration held by a nested dictionary; `faults` are mistakes found before.
-
-    Raises:
-        ConfigError: with one line for every mistake.
-    """
-    lines = list(faults)
-    try:
-        config = Config.model_validate(content)
-    except ValidationError as error:
-        for item in error.errors():
-            lines.extend(_describe(item))
-    if lines:
-        raise ConfigError("\n".join(lines))
-    return config
-
-
-def option_table() -> list[tuple[str, str, str]]:
-    """Every option as (name, default, description), in the order of the models: for `--help` and the docs."""
-    rows = []
-
-    def walk(model: type[BaseModel], prefix: str) -> None:
-        for name, field in model.model_fields.items():
-            kind = field.annotation
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                walk(kind, f"{prefix}{name}.")
-            else:
-                default = "none" if field.default is None else str(field.default)
-                rows.append((prefix + name, default, field.description or ""))
-
-    walk(Config, "")
-    return rows
-
-
-def _apply(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Write overrides into `content`; what cannot be understood comes back as lines."""
-    faults = []
-    tokens = list(overrides)
-    while tokens:
-        token = tokens.pop(0)
-        if not token.startswith("--") or "." not in token.split("=", 1)[0]:
-            faults.append(f"argument {token!r} is not understood; options are given as --section.key value")
-            continue
-        name, equals, value = token[2:].partition("=")
-        if not equals:
-            if not tokens or tokens[0].startswith("--"):
-                faults.append(f"--{name} has no value; give it as --{name} VALUE")
-                continue
-            value = tokens.pop(0)
-        keys = name.replace("-", "_").split(".")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            parsed = value
-        node = content
-        for key in keys[:-1]:
-            if not isinstance(node.get(key), dict):
-                node[key] = {}
-            node = node[key]
-        node[keys[-1]] = parsed
-    return faults
-
-
-def _describe(item: Any) -> list[str]:
-    """One pydantic error as lines of ours: key, value, what is allowed, and the nearest name for a misspelt one."""
-    location = [str(part) for part in item["loc"]]
-    name = ".".join(location)
-    kind, value = item["type"], item.get("input")
-    if kind == "extra_forbidden":
-        return [f"unknown option {name}{_suggest(location)}"]
-    if kind == "value_error" and not location:
-        return str(item["ctx"]["error"]).split("\n")
-    if kind in ("model_type", "model_attributes_type"):
-        return [f"{name}: must be a section with options of its own, not {value!r}"]
-    allowed = item["msg"]
-    if kind == "literal_error":
-        allowed = f"allowed are {item['ctx']['expected']}"
-        if isinstance(value, str):
-            choices = [part.strip().strip("'") for part in item["ctx"]["expected"].replace(" or ", ",").split(",")]
-            near = difflib.get_close_matches(value, choices, 1)
-            allowed += f"; did you mean {near[0]!r}?" if near else ""
-    elif kind == "float_parsing" or kind == "int_parsing":
-        allowed = f"must be a number ({allowed})"
-    shown = repr(value) if not isinstance(value, float) or math.isfinite(value) else str(value)
-    return [f"{name}: {shown[:80]} is not allowed: {allowed}"]
-
-
-def _suggest(location: list[str]) -> str:
-    """A "did you mean" for an unknown key: among its siblings, else among all options."""
-    model: type[BaseModel] = Config
-    for part in location[:-1]:
-        kind = model.model_fields[part].annotation if part in model.model_fields else None
-        candidates = [kind, *get_args(kind)]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
-    siblings = list(model.model_fields)
-    near = difflib.get_close_matches(location[-1], siblings, 1)
-    if near:
-        return f"; did you mean {'.'.join([*location[:-1], near[0]])}?"
-    every = {row[0].rsplit(".", 1)[-1]: row[0] for row in option_table()}
-    near = difflib.get_close_matches(location[-1], list(every), 1)
-    return f"; did you mean {every[near[0]]}?" if near else f"; allowed here are {', '.join(siblings)}"

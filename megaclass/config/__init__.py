@@ -1,0 +1,38 @@
+"""The options of a run: `models.py` has every one of them, `file.py` reads them.
+
+Imports nothing heavy, so that a wrong option is reported in well under two seconds.
+"""
+
+from megaclass.config.file import load, option_table, validate
+from megaclass.config.models import (
+    Augment,
+    Backbone,
+    Classifier,
+    Config,
+    Dataset,
+    Evaluate,
+    Observe,
+    Optim,
+    Run,
+    Section,
+    Synthetic,
+    Train,
+)
+
+__all__ = [
+    "Augment",
+    "Backbone",
+    "Classifier",
+    "Config",
+    "Dataset",
+    "Evaluate",
+    "Observe",
+    "Optim",
+    "Run",
+    "Section",
+    "Synthetic",
+    "Train",
+    "load",
+    "option_table",
+    "validate",
+]
