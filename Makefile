@@ -24,7 +24,7 @@ $(VENV)/package: $(VENV)/torch pyproject.toml
 	touch $@
 
 $(VENV)/everything: $(VENV)/package
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,dali,deepspeed]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,ann,dali,deepspeed]'
 	touch $@
 
 #   make setup     .venv/ with everything in it

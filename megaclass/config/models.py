@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
@@ -46,6 +47,12 @@ class Dataset(Section):
     reader: Literal["indexed", "stream", "synthetic"] = Field(
         "indexed", description="indexed: exact order and position; stream: shard by shard through webdataset"
     )
+    num_classes: int | None = Field(
+        None, ge=1, description="indexed: train on this many classes of the split only; subsets are nested"
+    )
+    label_noise: float = Field(
+        0.0, ge=0, lt=1, description="indexed, synthetic: share of training samples given another class's label"
+    )
     image_size: int = Field(32, ge=8, le=1024, description="images are resized to this many pixels a side")
     channels: Literal[1, 3] = Field(3, description="1: grey, 3: red, green, blue")
     workers: int = Field(0, ge=0, le=256, description="decoding processes per rank; 0 decodes in the trainer's process")
@@ -53,6 +60,24 @@ class Dataset(Section):
     bad_sample_budget: float = Field(0.001, ge=0, le=1, description="largest share of skipped samples before stopping")
     augment: Augment = Augment()
     synthetic: Synthetic = Synthetic()
+
+    @field_validator("num_classes")
+    @classmethod
+    def _only_indexed(cls, value: int | None, info: ValidationInfo) -> int | None:
+        reason = {
+            "stream": "dataset.reader stream reads whole shards; use indexed",
+            "synthetic": "dataset.reader synthetic makes as many classes as dataset.synthetic.num_classes; give that",
+        }.get(info.data.get("reader", ""))
+        if value is not None and reason is not None:
+            raise PydanticCustomError("reader", "{reason}", {"reason": reason})
+        return value
+
+    @field_validator("label_noise")
+    @classmethod
+    def _not_streamed(cls, value: float, info: ValidationInfo) -> float:
+        if value and info.data.get("reader") == "stream":
+            raise PydanticCustomError("reader", "dataset.reader stream knows the true labels only; use indexed")
+        return value
 
 
 class Backbone(Section):
@@ -64,18 +89,65 @@ class Backbone(Section):
     batch_norm: Literal["local", "sync"] = Field("sync", description="batch statistics of one rank or of all")
 
 
+class Course(Section):
+    """How a hyper-parameter moves over the run."""
+
+    shape: Literal["step", "linear", "cosine"] = Field("linear", description="what lies between two points")
+    points: tuple[tuple[float, float], ...] = Field(description="[share of the run, value] pairs, shares rising")
+
+
+class Schedule(Section):
+    """Hyper-parameters of the loss that move over the run, each as `{shape: ..., points: [[share, value], ...]}`."""
+
+    scale: Course | None = Field(None, description="course of classifier.scale")
+    margin: Course | None = Field(None, description="course of classifier.margin")
+    end_point: Course | None = Field(None, description="course of classifier.end_point")
+    sampling_rate: Course | None = Field(None, description="course of classifier.sampling_rate")
+    learning_rate: Course | None = Field(None, description="factor on the learning rates, beside optim.schedule")
+
+
 class Classifier(Section):
     """The sharded class weights and their loss."""
 
-    preset: str = Field("d-softmax", description="name of the loss: see `megaclass.objectives.presets`")
-    scale: float | None = Field(None, gt=0, le=80, description="multiplier of the cosines; default by preset")
-    margin: float | None = Field(None, ge=0, description="cosface: in cosine, arcface: in radians; default by preset")
+    preset: str = Field("d-softmax", description="name of the loss: docs/losses.md lists them")
+    objective: str | None = Field(None, description="exchange the preset's objective")
+    margin_kind: str | None = Field(None, description="exchange the preset's margin")
+    negative_map: str | None = Field(None, description="exchange the preset's map of the negative cosines")
+    sampler: str | None = Field(
+        None, description="exchange the preset's sampler: all, classes, partial-fc, batch, positives or hard"
+    )
+    scale: float | None = Field(None, gt=0, le=1024, description="multiplier of the cosines; default by preset")
+    margin: float | None = Field(None, ge=0, description="size of the margin, in its own unit; default by preset")
     end_point: float | None = Field(
         None, gt=-1, le=2, description="cosine at which the intra term of a dissected loss lets go; default 0.9"
     )
     sampling_rate: float | None = Field(None, gt=0, le=1, description="share of classes (or of the batch) drawn")
     batch_positives: bool | None = Field(
-        None, description="d-softmax-k: also use the batch's own classes as negatives (default off)"
+        None, description="samplers classes and hard: also use the batch's own classes as negatives"
+    )
+    correction: Literal["none", "inverse-rate"] | None = Field(
+        None, description="inverse-rate: drawn negatives count 1 / their probability of being drawn; default by preset"
+    )
+    draw: Literal["stratified", "uniform"] | None = Field(
+        None, description="one class from each of equal ranges (default), or every subset of classes alike"
+    )
+    num_neighbours: int | None = Field(None, ge=1, le=1000, description="sampler hard: nearest classes of each class")
+    rebuild_every: int | None = Field(None, ge=1, description="sampler hard: steps between two searches for them")
+    neighbour_search: Literal["exact", "hnsw"] = Field("exact", description="sampler hard: how they are searched")
+    hyper: dict[str, float] = Field({}, description="further hyper-parameters of the loss, by name: docs/losses.md")
+    schedule: Schedule = Schedule()
+    negative_filter: float | None = Field(
+        None, gt=-1, lt=1, description="drop negatives with a cosine above this (noisy labels)"
+    )
+    sub_centres: int = Field(1, ge=1, le=64, description="rows of each class; the best one counts (noisy labels)")
+    count_weight_power: float = Field(
+        0.0, ge=0, le=2, description="samples count (their class's size)^-this; 1: every class alike"
+    )
+    count_margin_power: float = Field(
+        0.0, ge=0, le=1, description="margins shrink as (class size / smallest)^-this; 0.25 is usual"
+    )
+    normalisation: Literal["l2", "batch-norm"] = Field(
+        "l2", description="embeddings of unit length, or a last batch norm divided by sqrt(dim)"
     )
     kernel: Literal["auto", "reference", "chunked"] = Field("auto", description="implementation of the class layer")
     row_dtype: Literal["float32"] = Field("float32", description="type of the stored class rows")

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -53,10 +55,12 @@ class Reader(Protocol):
     Attributes:
         num_classes: labels are in [0, num_classes).
         num_samples: samples in one epoch, over all ranks.
+        class_counts: [num_classes] int64, samples of each class in one epoch, by their true labels; same on every rank.
     """
 
     num_classes: int
     num_samples: int
+    class_counts: NDArray[np.int64]
 
     def __iter__(self) -> Iterator[Batch]:
         """Endless; every batch is full; starts at the position last given to `seek` (0 at first)."""

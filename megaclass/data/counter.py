@@ -30,6 +30,8 @@ class Stream(IntEnum):
     SHUFFLE_BUFFER = 5
     PATTERN = 6
     NOISE = 7
+    LABEL_NOISE = 8
+    CLASS_ORDER = 9
 
 
 def hash_counters(seed: int, stream: Stream, *counters: ArrayLike) -> NDArray[np.uint64]:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from megaclass.config import Augment
 from megaclass.data.bad_samples import SkipBudget
+from megaclass.data.label_noise import NoisyLabels
 from megaclass.data.order import SampleOrder
 from megaclass.data.ordered import OrderedBatches
 from megaclass.data.reader import BatchReader, check_enough_samples
@@ -34,8 +35,11 @@ class IndexedReader(BatchReader):
         bad_sample_budget: largest share of skipped samples; see `SkipBudget`.
         accumulation_steps: only to check that the data set holds a global batch.
         shuffle: False keeps manifest order in every epoch.
+        num_classes: read this many classes only; see `StoredSamples`.
+        label_noise: share of samples with a wrong label; see `NoisyLabels`.
 
     Raises:
+        ConfigError: more classes asked for than there are, or wrong labels of a single class.
         DataError: the data set is missing or inconsistent, a shard is cut off, or an epoch is smaller than a global
             batch.
     """
@@ -57,12 +61,14 @@ class IndexedReader(BatchReader):
         bad_sample_budget: float = 0.001,
         accumulation_steps: int = 1,
         shuffle: bool = True,
+        num_classes: int | None = None,
+        label_noise: float = 0.0,
     ) -> None:
-        samples = StoredSamples(folder, split, image_size=image_size, channels=channels)
+        samples = StoredSamples(folder, split, image_size=image_size, channels=channels, num_classes=num_classes)
         what = f"split {split!r} of {folder}"
         check_enough_samples(samples.num_samples, batch_size, world_size, accumulation_steps, what)
         batches = OrderedBatches(
-            samples=samples,
+            samples=NoisyLabels(samples, samples.num_classes, label_noise, seed) if label_noise else samples,
             order=SampleOrder(samples.num_samples, seed, shuffle),
             batch_size=batch_size,
             rank=rank,
@@ -74,7 +80,7 @@ class IndexedReader(BatchReader):
         super().__init__(
             lambda position: count(position, batch_size * world_size),
             batches.make,
-            num_classes=samples.num_classes,
+            class_counts=samples.class_counts,
             num_samples=samples.num_samples,
             workers=workers,
             budget=SkipBudget(bad_sample_budget, samples.num_samples, world_size),

@@ -27,7 +27,7 @@ def open_reader(
         seed: `train.seed`, same on every rank.
 
     Raises:
-        DataError: as the readers do.
+        ConfigError, DataError: as the readers do.
     """
     common: dict[str, Any] = {
         "batch_size": batch_size,
@@ -41,11 +41,18 @@ def open_reader(
         "workers": dataset.workers,
     }
     if dataset.reader == "synthetic":
-        return SyntheticReader(**dataset.synthetic.model_dump(), **common)
+        return SyntheticReader(**dataset.synthetic.model_dump(), **common, label_noise=dataset.label_noise)
     assert dataset.path is not None
     policy: dict[str, Any] = {"on_bad_sample": dataset.on_bad_sample, "bad_sample_budget": dataset.bad_sample_budget}
     if dataset.reader == "stream":
         from megaclass.data.stream import StreamReader
 
         return StreamReader(dataset.path, dataset.split, **common, **policy)
-    return IndexedReader(dataset.path, dataset.split, **common, **policy)
+    return IndexedReader(
+        dataset.path,
+        dataset.split,
+        **common,
+        **policy,
+        num_classes=dataset.num_classes,
+        label_noise=dataset.label_noise,
+    )

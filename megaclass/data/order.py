@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from megaclass.data.counter import Stream, hash_counters
 
 _ROUNDS = 8
+# Of the order of classes: no option, so that N classes of a split are the same N in every run.
+_CLASS_KEY = 0
 # Feistel networks over a handful of values miss many permutations; over 256 values and walked down they do not.
 _MIN_BITS = 8
 
@@ -30,6 +32,7 @@ class SampleOrder:
         num_samples: N, at least 1.
         seed: of the permutations.
         shuffle: False reads every epoch in manifest order.
+        stream: what is ordered; orders of different streams have nothing to do with each other.
 
     Source: Black and Rogaway, *Ciphers with arbitrary finite domains*, CT-RSA 2002 (cycle walking over a Feistel
         network); the round function is the counter hash.
@@ -40,6 +43,7 @@ class SampleOrder:
     num_samples: int
     seed: int
     shuffle: bool = True
+    stream: Stream = Stream.ORDER
 
     def __post_init__(self) -> None:
         assert self.num_samples >= 1, self.num_samples
@@ -50,7 +54,7 @@ class SampleOrder:
         if not self.shuffle:
             return offsets
         result = offsets.astype(np.uint64)
-        keys = hash_counters(self.seed, Stream.ORDER, epochs)
+        keys = hash_counters(self.seed, self.stream, epochs)
         walking = np.arange(len(result))
         while len(walking):
             values = self._feistel(result[walking], keys[walking])
@@ -75,6 +79,16 @@ class SampleOrder:
             else:
                 high = high ^ (hash_counters(number, Stream.ORDER, keys, low) & high_mask)
         return (high << low_bits) | low
+
+
+def first_classes(num_classes: int, num_kept: int) -> NDArray[np.int64]:
+    """The classes [num_kept] int64 of a split that make its subset of `num_kept` classes, in their new order.
+
+    A function of the two counts and of no seed. Subsets are nested: a smaller one is the beginning of a larger one, so
+    a class has the same new label in all subsets that hold it.
+    """
+    assert 1 <= num_kept <= num_classes, (num_kept, num_classes)
+    return SampleOrder(num_classes, _CLASS_KEY, stream=Stream.CLASS_ORDER).sample_ids(np.arange(num_kept))
 
 
 def rank_positions(position: int, batch_size: int, rank: int, world_size: int) -> NDArray[np.int64]:

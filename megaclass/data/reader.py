@@ -17,7 +17,9 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from megaclass.data.bad_samples import SkipBudget
@@ -33,7 +35,7 @@ class BatchReader:
     Args:
         plan: position → endless items, one per batch from there on; runs in the trainer's process.
         make: item → batch; a pure function that may run in a worker; raises `UserError` for bad data.
-        num_classes: labels are in [0, num_classes).
+        class_counts: [num_classes] int64, samples of each class; labels are in [0, num_classes).
         num_samples: of an epoch, over all ranks.
         workers: decoding processes; 0 makes the batches in the trainer's process when they are asked for.
         budget: what may be skipped.
@@ -45,13 +47,14 @@ class BatchReader:
         plan: Callable[[int], Iterator[Any]],
         make: Callable[[Any], Batch],
         *,
-        num_classes: int,
+        class_counts: NDArray[np.int64],
         num_samples: int,
         workers: int,
         budget: SkipBudget,
         release: Callable[[], None] = lambda: None,
     ) -> None:
-        self.num_classes = num_classes
+        self.num_classes = len(class_counts)
+        self.class_counts = class_counts
         self.num_samples = num_samples
         self._plan = plan
         self._make = make

@@ -20,31 +20,53 @@ from megaclass.data.batch import Batch
 from megaclass.data.decode import decode_image
 from megaclass.data.manifest import SplitInfo, load_index, load_manifest, load_split
 from megaclass.data.members import check_label, parse_sample
+from megaclass.data.order import first_classes
 from megaclass.data.transforms import normalise
-from megaclass.errors import DataError
+from megaclass.errors import ConfigError, DataError
 
 _MAX_OPEN_SHARDS = 128
 
 
 class StoredSamples:
-    """The samples of one split of a data set on disk.
+    """The samples of one split of a data set on disk, or of some of its classes.
+
+    With `num_classes` the other classes do not exist: the labels are places in `first_classes`, and the ids count the
+    samples of those classes alone, in manifest order.
 
     Attributes:
         num_classes: labels are in [0, num_classes).
         num_samples: ids are in [0, num_samples).
+        class_counts: [num_classes] int64, samples of each class.
 
     Raises:
+        ConfigError: `num_classes` is more than the split has.
         DataError: the manifest or an index is wrong, or a shard is missing or of another size than the manifest says.
 
     Cost: 28 bytes of memory per sample, one `stat` per shard, and at most 128 open files.
     """
 
-    def __init__(self, folder: Path, split: str, *, image_size: int, channels: int) -> None:
+    def __init__(
+        self, folder: Path, split: str, *, image_size: int, channels: int, num_classes: int | None = None
+    ) -> None:
         info = load_split(folder, load_manifest(folder), split)
         check_shard_files(folder, info)
-        self.num_classes = info.num_classes
-        self.num_samples = info.num_samples
+        if num_classes is not None and not 1 <= num_classes <= info.num_classes:
+            raise ConfigError(
+                f"dataset.num_classes is {num_classes} but split {split!r} of {folder} has {info.num_classes} classes: "
+                "give 1 to that, or none for all"
+            )
         self._records, self._shard_numbers = load_index(folder, split, info)
+        self._num_stored_classes = info.num_classes
+        # By stored label; -1 is a class that is left out.
+        self._new_labels = np.arange(info.num_classes)
+        if num_classes is not None:
+            self._new_labels = np.full(info.num_classes, -1)
+            self._new_labels[first_classes(info.num_classes, num_classes)] = np.arange(num_classes)
+            kept = self._new_labels[self._records["label"]] >= 0
+            self._records, self._shard_numbers = self._records[kept], self._shard_numbers[kept]
+        self.num_classes = num_classes or info.num_classes
+        self.num_samples = len(self._records)
+        self.class_counts = np.bincount(self._new_labels[self._records["label"]], minlength=self.num_classes)
         self._paths = [Path(folder) / shard.file for shard in info.shards]
         self._image_size = image_size
         self._channels = channels
@@ -82,8 +104,9 @@ class StoredSamples:
                 raise BadSample("unreadable", f"only {len(block)} of {length} bytes are there")
             sample = parse_sample(block)
             where += f", key {sample.key!r:.120}"
-            check_label(sample.label, int(record["label"]), self.num_classes)
-            return decode_image(sample.image, sample.extension, self._image_size, self._channels), sample.label
+            check_label(sample.label, int(record["label"]), self._num_stored_classes)
+            image = decode_image(sample.image, sample.extension, self._image_size, self._channels)
+            return image, int(self._new_labels[sample.label])
         except OSError as error:
             raise BadSample("unreadable", f"{where}: {error.strerror}") from None
         except BadSample as error:

@@ -113,12 +113,23 @@ class ShardStream:
             shards = shards[np.argsort(hash_counters(self._seed, Stream.SHARD_ORDER, epoch, shards))]
         return shards[self._rank :: self._world_size]
 
+    def class_counts(self) -> NDArray[np.int64]:
+        """[num_classes] int64, samples of each class in the split, from the index files."""
+        counts = np.zeros(self._info.num_classes, np.int64)
+        for shard in self._filled.tolist():
+            counts += np.bincount(self._index_labels(shard), minlength=len(counts))
+        return counts
+
+    def _index_labels(self, shard: int) -> NDArray[np.int64]:
+        info = self._info.shards[shard]
+        alone = self._info.model_copy(update={"shards": [info], "num_samples": info.num_samples})
+        return np.asarray(load_index(self._folder, self._split, alone)[0]["label"])
+
     def _read(self, epoch: int, shard: int) -> Iterator[RawSample]:
         info = self._info.shards[shard]
         path = self._folder / info.file
         check_shard(path, info.num_samples)
-        alone = self._info.model_copy(update={"shards": [info], "num_samples": info.num_samples})
-        index_labels = load_index(self._folder, self._split, alone)[0]["label"].tolist()
+        index_labels = self._index_labels(shard).tolist()
         number = 0
         try:
             with path.open("rb") as stream:
@@ -202,6 +213,8 @@ class StreamReader(BatchReader):
 
     Args: as for `IndexedReader`.
 
+    Cost: all index files are read at the start, one at a time, to count the samples of each class.
+
     Raises:
         DataError: as for `IndexedReader`, and with fewer shards with samples than ranks.
     """
@@ -247,7 +260,7 @@ class StreamReader(BatchReader):
         super().__init__(
             plan,
             decoder.make,
-            num_classes=info.num_classes,
+            class_counts=stream.class_counts(),
             num_samples=info.num_samples,
             workers=workers,
             budget=SkipBudget(bad_sample_budget, info.num_samples, world_size),

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from megaclass.config import Augment
 from megaclass.data.bad_samples import BadSample, SkipBudget
 from megaclass.data.counter import Stream, hash_counters
+from megaclass.data.label_noise import NoisyLabels
 from megaclass.data.order import SampleOrder
 from megaclass.data.ordered import OrderedBatches
 from megaclass.data.reader import BatchReader, check_enough_samples
@@ -73,6 +74,7 @@ class SyntheticReader(BatchReader):
         num_classes, samples_per_class, noise: see `SyntheticSamples`; the rest as for `IndexedReader`.
 
     Raises:
+        ConfigError: wrong labels of a single class.
         DataError: an epoch is smaller than a global batch.
     """
 
@@ -92,11 +94,12 @@ class SyntheticReader(BatchReader):
         workers: int = 0,
         accumulation_steps: int = 1,
         shuffle: bool = True,
+        label_noise: float = 0.0,
     ) -> None:
         samples = SyntheticSamples(num_classes, samples_per_class, noise, image_size, channels, seed)
         check_enough_samples(samples.num_samples, batch_size, world_size, accumulation_steps, "the synthetic data set")
         batches = OrderedBatches(
-            samples=samples,
+            samples=NoisyLabels(samples, num_classes, label_noise, seed) if label_noise else samples,
             order=SampleOrder(samples.num_samples, seed, shuffle),
             batch_size=batch_size,
             rank=rank,
@@ -108,7 +111,7 @@ class SyntheticReader(BatchReader):
         super().__init__(
             lambda position: count(position, batch_size * world_size),
             batches.make,
-            num_classes=num_classes,
+            class_counts=np.full(num_classes, samples_per_class, np.int64),
             num_samples=samples.num_samples,
             workers=workers,
             budget=SkipBudget(0.0, samples.num_samples, world_size),

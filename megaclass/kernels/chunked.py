@@ -1,99 +1,219 @@
 """The class layer chunk by chunk over classes, in plain torch, for CPU and GPU.
 
 Chunks run over classes and never over the batch: the batch is small, the classes are many, and a chunk of classes is
-touched once per pass. No logits matrix and no second copy of the rows ever exists; the exponentials are kept between
-the two passes only where they are small (`KEEP_BYTES`), and are computed again otherwise.
+touched once per pass. No logits matrix and no second copy of the rows ever exists; what the second pass needs of a
+chunk is kept only where it is small (`KEEP_BYTES`), and is computed again otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megaclass.kernels.interface import Candidates, Monitor, Negatives
 from megaclass.kernels.row_gradient import RowGradient
+from megaclass.kernels.terms import Exponential, Summed, Term
 
 # About 2,048 rows keep a chunk's logits and rows in the second- and third-level cache of a CPU core.
 CHUNK_ROWS = 2048
-# Exponentials up to this size are kept for the second pass rather than computed again: one third of its work.
+# Slopes up to this size are kept for the second pass rather than computed again: one third of its work.
 KEEP_BYTES = 256 * 2**20
 
 
-def forward(
-    embeddings: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    labels: Tensor,
-    *,
-    scale: float,
-    log_weight: float = 0.0,
-) -> tuple[Tensor, Tensor, Callable[[Tensor], RowGradient]]:
-    """Exponential sums accumulated over chunks of classes; see `negatives.Kernel`.
+@dataclass
+class _Chunk:
+    """One chunk of classes: [m, c] contributions, and what they change by with the cosine, up to a common factor."""
 
-    Cost: [m, CHUNK_ROWS] logits and [CHUNK_ROWS, dim] rows at a time, and [m, n] exponentials if they fit KEEP_BYTES.
+    values: Tensor
+    slopes: Tensor
+    bias_slopes: Tensor | None
+    best: Tensor | None  # [m, c] which sub-centre stands for the class
+    shift: Tensor | None  # [m] what the exponents were reduced by
+
+
+def forward(
+    embeddings: Tensor, candidates: Candidates, labels: Tensor, term: Term, *, monitor: bool = False
+) -> Negatives:
+    """Sums accumulated over chunks of classes; see `negatives.Kernel`.
+
+    Cost: [m, CHUNK_ROWS] logits and [CHUNK_ROWS, dim] rows at a time, and [m, n] slopes if they fit KEEP_BYTES.
     """
-    num_rows = len(weight) if rows is None else len(rows)
-    keep = len(embeddings) * num_rows * embeddings.element_size() <= KEEP_BYTES
-    exp_sum = embeddings.new_zeros(len(embeddings))
-    gradient = torch.zeros_like(embeddings)
-    kept: list[Tensor] = []
-    for start, stop in _chunks(num_rows):
-        unit, _ = _unit_rows(weight, rows, start, stop)
-        exponentials = _exponentials(embeddings, unit, rows, labels, start, stop, scale, log_weight)
-        exp_sum += exponentials.sum(dim=1)
-        gradient.addmm_(exponentials, unit, alpha=scale)
+    layer = _Layer(embeddings, candidates, labels, term)
+    keep = len(embeddings) * layer.num_classes * embeddings.element_size() <= KEEP_BYTES
+    total, gradient = embeddings.new_zeros(len(embeddings)), torch.zeros_like(embeddings)
+    maximum = embeddings.new_full((len(embeddings),), -torch.inf) if layer.use_maximum else None
+    bias_derivative = torch.zeros_like(total) if isinstance(term, Summed) and term.has_bias else None
+    seen = None
+    kept: list[_Chunk] = []
+    for start, stop in layer.chunks():
+        unit, _ = layer.unit_rows(start, stop)
+        cosines, best = layer.cosines(unit)
+        if monitor:
+            seen = layer.monitored(cosines, start, stop, seen)
+        if maximum is not None:
+            exponents, slopes = layer.exponents(cosines, start, stop)
+            larger = torch.maximum(maximum, exponents.amax(dim=1))
+            shrink = _exponential_of_difference(maximum, larger)
+            total.mul_(shrink)
+            gradient.mul_(shrink[:, None])
+            maximum = larger
+            chunk = layer.shifted(exponents, slopes, best, maximum)
+        else:
+            chunk = layer.contributions(cosines, best, start, stop)
+        total += chunk.values.sum(dim=1)
+        gradient.addmm_(layer.on_rows(chunk), unit, alpha=layer.factor)
+        if chunk.bias_slopes is not None and bias_derivative is not None:
+            bias_derivative += chunk.bias_slopes.sum(dim=1)
         if keep:
-            kept.append(exponentials)
+            kept.append(_Chunk(chunk.slopes, chunk.slopes, None, chunk.best, chunk.shift))
 
     def row_pass(coefficients: Tensor) -> RowGradient:
-        values = embeddings.new_empty(num_rows, embeddings.shape[1])
-        weighted = embeddings * (scale * coefficients)[:, None]
-        for number, (start, stop) in enumerate(_chunks(num_rows)):
-            unit, length = _unit_rows(weight, rows, start, stop)
-            if keep:
-                exponentials = kept[number]
-            else:
-                exponentials = _exponentials(embeddings, unit, rows, labels, start, stop, scale, log_weight)
-            direction = torch.mm(exponentials.T, weighted, out=values[start:stop])
+        values = embeddings.new_empty(layer.num_classes * candidates.rows_per_class, embeddings.shape[1])
+        weighted = embeddings * (layer.factor * coefficients)[:, None]
+        for number, (start, stop) in enumerate(layer.chunks()):
+            unit, length = layer.unit_rows(start, stop)
+            chunk = kept[number] if keep else layer.again(unit, start, stop, maximum)
+            left = weighted
+            if chunk.shift is not None and maximum is not None:
+                left = weighted * _exponential_of_difference(chunk.shift, maximum)[:, None]
+            first, last = start * candidates.rows_per_class, stop * candidates.rows_per_class
+            direction = torch.mm(layer.on_rows(chunk).T, left, out=values[first:last])
             # Only the part across the row counts: its length is normalised away.
             radial = torch.linalg.vecdot(unit, direction)[:, None]
             direction.sub_(unit.mul_(radial)).div_(length)
         kept.clear()
-        return RowGradient(rows, values)
+        return RowGradient(candidates.weight_rows, values)
 
-    return exp_sum, gradient, row_pass
-
-
-def _chunks(num_rows: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, num_rows, CHUNK_ROWS):
-        yield start, min(start + CHUNK_ROWS, num_rows)
+    if monitor and seen is None:
+        seen = Monitor(total.new_zeros(()), total.new_zeros(()), total.new_tensor(-torch.inf))
+    return Negatives(total, gradient, row_pass, maximum, bias_derivative, seen)
 
 
-def _unit_rows(weight: Tensor, rows: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Rows [chunk, dim] brought to unit length, and their lengths [chunk, 1]."""
-    chunk = weight[start:stop] if rows is None else weight.index_select(0, rows[start:stop])
-    length = torch.linalg.vector_norm(chunk, dim=1, keepdim=True).clamp_min(torch.finfo(chunk.dtype).tiny)
-    return chunk / length, length
+def _exponential_of_difference(smaller: Tensor, larger: Tensor) -> Tensor:
+    """e^{smaller - larger}, and 1 where both are minus infinity: nothing was summed yet."""
+    return torch.where(smaller == larger, 1.0, (smaller - larger).exp())
 
 
-def _exponentials(
-    embeddings: Tensor,
-    unit: Tensor,
-    rows: Tensor | None,
-    labels: Tensor,
-    start: int,
-    stop: int,
-    scale: float,
-    log_weight: float,
-) -> Tensor:
-    """e^{s cos + log_weight} of every sample and every row of one chunk, [m, chunk]; zero at a sample's own class."""
-    logits = embeddings @ unit.T
-    exponentials = logits.mul_(scale).add_(log_weight).exp_() if log_weight else logits.mul_(scale).exp_()
-    candidates = torch.arange(start, stop, device=labels.device) if rows is None else rows[start:stop]
-    # A sample's own class stands in at most one column. Looking it up costs a search in the chunk's sorted rows
-    # instead of a comparison of every sample with every row; samples without one write to column 0 what is there.
-    column = torch.searchsorted(candidates, labels).clamp_max_(stop - start - 1)
-    is_own = candidates[column] == labels
-    column = torch.where(is_own, column, 0)[:, None]
-    return exponentials.scatter_(1, column, exponentials.gather(1, column).masked_fill_(is_own[:, None], 0.0))
+class _Layer:
+    """The arguments of one forward pass, with the steps both passes take for a chunk of classes [start, stop)."""
+
+    def __init__(self, embeddings: Tensor, candidates: Candidates, labels: Tensor, term: Term) -> None:
+        self.embeddings, self.candidates, self.labels, self.term = embeddings, candidates, labels, term
+        self.num_classes = candidates.num_classes
+        self.use_maximum = isinstance(term, Exponential) and term.use_maximum
+        # An exponential's slope is its value times the scale, which is applied to whole matrices at once.
+        self.factor = term.scale if isinstance(term, Exponential) else 1.0
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """Ranges of candidates; sub-centres make them shorter, so that a chunk's rows stay as many."""
+        size = max(1, CHUNK_ROWS // self.candidates.rows_per_class)
+        return [(start, min(start + size, self.num_classes)) for start in range(0, self.num_classes, size)]
+
+    def unit_rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Rows [c * rows_per_class, dim] brought to unit length, and their lengths [c * rows_per_class, 1]."""
+        weight, rows, per_class = self.candidates.weight, self.candidates.rows, self.candidates.rows_per_class
+        if rows is None:
+            chunk = weight[start * per_class : stop * per_class]
+        elif per_class == 1:
+            chunk = weight.index_select(0, rows[start:stop])
+        else:
+            chunk = weight.unflatten(0, (-1, per_class)).index_select(0, rows[start:stop]).flatten(0, 1)
+        length = torch.linalg.vector_norm(chunk, dim=1, keepdim=True).clamp_min(torch.finfo(chunk.dtype).tiny)
+        return chunk / length, length
+
+    def cosines(self, unit: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Cosines [m, c] with each class, and which sub-centre [m, c] gave them."""
+        cosines = self.embeddings @ unit.T
+        if self.candidates.rows_per_class == 1:
+            return cosines, None
+        best = cosines.unflatten(1, (-1, self.candidates.rows_per_class)).max(dim=2)
+        return best.values, best.indices
+
+    def contributions(self, cosines: Tensor, best: Tensor | None, start: int, stop: int) -> _Chunk:
+        """What the chunk's negatives contribute; `cosines` may be used up."""
+        if not isinstance(self.term, Exponential):
+            values, slopes, bias_slopes = self.term.function(cosines)
+            weight = self._log_weight(start, stop)
+            for x in (values, slopes, bias_slopes):
+                if x is not None:
+                    if weight is not None:
+                        x.mul_(weight.exp())
+                    self._put_at_own(x, start, stop, 0.0)
+            return _Chunk(values, slopes, bias_slopes, best, None)
+        exponents, map_slopes = self.exponents(cosines, start, stop, mask=False)
+        values = self._put_at_own(exponents.exp_(), start, stop, 0.0)
+        return _Chunk(values, values if map_slopes is None else map_slopes.mul_(values), None, best, None)
+
+    def exponents(self, cosines: Tensor, start: int, stop: int, mask: bool = True) -> tuple[Tensor, Tensor | None]:
+        """S g(cos) + log_weight [m, c], with minus infinity at a sample's own class, and the derivative of g."""
+        assert isinstance(self.term, Exponential)
+        if self.term.transform is None:
+            exponents, slopes = cosines.mul_(self.term.scale), None
+        else:
+            mapped, slopes = self.term.transform(cosines)
+            exponents = mapped.mul_(self.term.scale)
+        weight = self._log_weight(start, stop)
+        if weight is not None:
+            exponents.add_(weight)
+        if mask:
+            self._put_at_own(exponents, start, stop, -torch.inf)
+        return exponents, slopes
+
+    def shifted(self, exponents: Tensor, slopes: Tensor | None, best: Tensor | None, maximum: Tensor) -> _Chunk:
+        """Contributions relative to `maximum` [m]."""
+        # Without a finite exponent so far everything is e^{-inf}; the finite stand-in avoids inf - inf.
+        values = exponents.sub_(maximum.clamp_min(torch.finfo(maximum.dtype).min)[:, None]).exp_()
+        return _Chunk(values, values if slopes is None else slopes.mul_(values), None, best, maximum)
+
+    def again(self, unit: Tensor, start: int, stop: int, maximum: Tensor | None) -> _Chunk:
+        """The chunk computed a second time, relative to the final maximum."""
+        cosines, best = self.cosines(unit)
+        if maximum is None:
+            return self.contributions(cosines, best, start, stop)
+        exponents, slopes = self.exponents(cosines, start, stop)
+        return self.shifted(exponents, slopes, best, maximum)
+
+    def on_rows(self, chunk: _Chunk) -> Tensor:
+        """Slopes [m, c * rows_per_class]: zero for the sub-centres that do not stand for their class."""
+        if chunk.best is None:
+            return chunk.slopes
+        spread = chunk.slopes.new_zeros(*chunk.slopes.shape, self.candidates.rows_per_class)
+        return spread.scatter_(2, chunk.best[:, :, None], chunk.slopes[:, :, None]).flatten(1)
+
+    def monitored(self, cosines: Tensor, start: int, stop: int, before: Monitor | None) -> Monitor:
+        """The running summary with this chunk, read while it is in cache."""
+        column, is_own = self._own_column(start, stop)
+        own = torch.where(is_own, cosines.gather(1, column[:, None])[:, 0], 0.0)
+        others = self._put_at_own(cosines.clone(), start, stop, -torch.inf)
+        now = Monitor(cosines.sum() - own.sum(), cosines.numel() - is_own.sum().to(cosines.dtype), others.max())
+        if before is None:
+            return now
+        return Monitor(
+            before.cosine_sum + now.cosine_sum,
+            before.num_pairs + now.num_pairs,
+            torch.maximum(before.cosine_max, now.cosine_max),
+        )
+
+    def _log_weight(self, start: int, stop: int) -> Tensor | None:
+        weight = self.candidates.log_weight
+        if isinstance(weight, Tensor):
+            return weight[start:stop].to(self.embeddings.dtype)
+        return self.embeddings.new_tensor(weight) if weight else None
+
+    def _own_column(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """In which column of the chunk each sample's own class stands [m], and whether it does [m]."""
+        rows = self.candidates.rows
+        classes = torch.arange(start, stop, device=self.labels.device) if rows is None else rows[start:stop]
+        # A sample's own class stands in at most one column. Looking it up costs a search in the chunk's sorted rows
+        # instead of a comparison of every sample with every row; samples without one use column 0.
+        column = torch.searchsorted(classes, self.labels).clamp_max_(stop - start - 1)
+        is_own = classes[column] == self.labels
+        return torch.where(is_own, column, 0), is_own
+
+    def _put_at_own(self, x: Tensor, start: int, stop: int, value: float) -> Tensor:
+        """`x` [m, c] with `value` at each sample's own class, in place."""
+        column, is_own = self._own_column(start, stop)
+        column = column[:, None]
+        return x.scatter_(1, column, x.gather(1, column).masked_fill_(is_own[:, None], value))

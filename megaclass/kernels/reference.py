@@ -2,37 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from megaclass.kernels.interface import Candidates, Monitor, Negatives
 from megaclass.kernels.row_gradient import RowGradient
+from megaclass.kernels.terms import Exponential, Term
 
 
 def forward(
-    embeddings: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    labels: Tensor,
-    *,
-    scale: float,
-    log_weight: float = 0.0,
-) -> tuple[Tensor, Tensor, Callable[[Tensor], RowGradient]]:
-    """Exponential sums with all logits in memory at once; see `negatives.Kernel`.
+    embeddings: Tensor, candidates: Candidates, labels: Tensor, term: Term, *, monitor: bool = False
+) -> Negatives:
+    """Sums with all logits in memory at once; see `negatives.Kernel`.
 
     Cost: several [m, n] matrices.
     """
-    candidates = torch.arange(len(weight), device=weight.device) if rows is None else rows
-    active = weight[candidates]
+    weight, per_class = candidates.weight, candidates.rows_per_class
+    rows = candidates.weight_rows
+    active = weight if rows is None else weight[rows]
+    classes = torch.arange(len(active) // per_class, device=weight.device)
+    if candidates.rows is not None:
+        classes = candidates.rows
     length = active.norm(dim=1, keepdim=True).clamp_min(torch.finfo(active.dtype).tiny)
     unit = active / length
-    exponentials = torch.exp(scale * embeddings @ unit.T + log_weight)
-    exponentials = exponentials.masked_fill(labels[:, None] == candidates[None, :], 0.0)
+    every = (embeddings @ unit.T).unflatten(1, (len(classes), per_class))
+    cosines, best = every.max(dim=2)
+    is_negative = labels[:, None] != classes[None, :]
+    log_weight = torch.as_tensor(candidates.log_weight, dtype=cosines.dtype, device=cosines.device)
+
+    maximum = bias_derivative = None
+    if isinstance(term, Exponential):
+        mapped, map_slopes = (cosines, None) if term.transform is None else term.transform(cosines)
+        exponents = torch.where(is_negative, term.scale * mapped + log_weight, -torch.inf)
+        if term.use_maximum:
+            maximum = _largest(exponents)
+            exponents = exponents - maximum.clamp_min(torch.finfo(maximum.dtype).min)[:, None]
+        values = exponents.exp()
+        slopes = term.scale * values * (1.0 if map_slopes is None else map_slopes)
+    else:
+        counts = torch.where(is_negative, log_weight.exp(), 0.0)
+        values, slopes, bias_slopes = term.function(cosines)
+        values, slopes = values * counts, slopes * counts
+        bias_derivative = None if bias_slopes is None else (bias_slopes * counts).sum(dim=1)
+
+    on_best = torch.zeros_like(every).scatter_(2, best[:, :, None], slopes[:, :, None]).flatten(1)
 
     def row_pass(coefficients: Tensor) -> RowGradient:
-        direction = scale * (coefficients[:, None] * exponentials).T @ embeddings
+        direction = (coefficients[:, None] * on_best).T @ embeddings
         tangential = direction - unit * (unit * direction).sum(dim=1, keepdim=True)
         return RowGradient(rows, tangential / length)
 
-    return exponentials.sum(dim=1), scale * exponentials @ unit, row_pass
+    seen = None
+    if monitor:
+        seen = Monitor(
+            torch.where(is_negative, cosines, 0.0).sum(),
+            is_negative.sum().to(cosines.dtype),
+            torch.cat(
+                [torch.where(is_negative, cosines, -torch.inf).flatten(), cosines.new_tensor([-torch.inf])]
+            ).max(),
+        )
+    return Negatives(values.sum(dim=1), on_best @ unit, row_pass, maximum, bias_derivative, seen)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest along the last dimension; minus infinity where it is empty."""
+    return torch.cat([x, x.new_full((*x.shape[:-1], 1), -torch.inf)], dim=-1).amax(dim=-1)

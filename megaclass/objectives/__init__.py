@@ -1,11 +1,26 @@
-"""Losses as pure functions of two numbers per sample: the positive logit and the log-sum-exp of the negatives.
+"""Losses as pure functions of two numbers per sample: the positive logit and what its negatives add up to.
 
-No distribution and no configuration here. An objective says what it does with the two numbers (`intra`, `inter`); a
-margin (`margins.py`) changes the positive cosine before the scale; the names users know are rows of a table
-(`presets.py`). A new loss is one file with a registered dataclass, listed once below.
+No distribution and no configuration here. A loss is made of an objective (`objective.py`), a margin on the positive
+cosine (`margin.py`) and a map of the negative cosines (`negative_map.py`); the names users know are rows of a table
+(`presets.py`), and any of their hyper-parameters may move over the run (`courses.py`). A new loss is one file with
+registered dataclasses and its preset, listed once below.
 """
 
-from megaclass.objectives import d_softmax, softmax
-from megaclass.objectives.objective import Objective, build, names
-
-__all__ = ["Objective", "build", "d_softmax", "names", "softmax"]
+from megaclass.objectives import (
+    adaface,
+    curricularface,
+    d_softmax,
+    elasticface,
+    magface,
+    margins,
+    quadratic,
+    sface,
+    softmax,
+    sphereface2,
+    sphereface_r,
+    uniface,
+)
+from megaclass.objectives.margin import MARGINS, Margin
+from megaclass.objectives.negative_map import NEGATIVE_MAPS, NegativeMap
+from megaclass.objectives.objective import OBJECTIVES, Objective, Values
+from megaclass.objectives.presets import PRESETS, Preset, resolve

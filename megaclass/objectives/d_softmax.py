@@ -12,32 +12,42 @@ not move. That is why the sampled variants work: D-Softmax-B gives the inter ter
 D-Softmax-K sums it over a random part of the classes.
 
 The paper's text beyond its abstract could not be read by us. The averaging is therefore our choice: each term is a mean
-over the samples that have it; and the sampled sum is used as it is, not scaled by 1/r. Not to be confused with the
-frequency-banded "D-Softmax" of Chen et al., 2016.
+over the samples that have it; the sampled sum is used as it is, unless `correction: inverse-rate` makes it unbiased.
+Not to be confused with the frequency-banded "D-Softmax" of Chen et al., 2016.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from megaclass.objectives.objective import register
+from megaclass.objectives.objective import OBJECTIVES, Objective, Values
+from megaclass.objectives.presets import PRESETS, Preset
 
 
-@register("d-softmax")
+@OBJECTIVES.register("d-softmax")
 @dataclass(frozen=True)
-class DSoftmax:
+class DSoftmax(Objective):
     """log(1 + e^{s d - z_y}) + log(1 + e^N), with the end point `d` as a cosine (default 0.9)."""
 
-    end_point: float = 0.9
-    needs_positive: bool = False
+    default_end_point: ClassVar[float | None] = 0.9
 
-    def intra(self, positive: Tensor, scale: float) -> Tensor:
+    def intra(self, positive: Tensor, values: Values, bias: Tensor | None) -> Tensor:
         """log(1 + e^{s d - z_y}), [batch]."""
-        return torch.logaddexp(torch.zeros_like(positive), scale * self.end_point - positive)
+        return torch.logaddexp(torch.zeros_like(positive), values.scale * values.end_point - positive)
 
-    def inter(self, negative_lse: Tensor, positive: Tensor | None) -> Tensor:
+    def inter(self, negatives: Tensor, positive: Tensor | None, values: Values) -> Tensor:
         """log(1 + e^N), [m]; exactly zero where there is no negative."""
-        return torch.logaddexp(torch.zeros_like(negative_lse), negative_lse)
+        return torch.logaddexp(torch.zeros_like(negatives), negatives)
+
+    def end_point(self, negatives: Tensor, values: Values, bias: Tensor | None) -> Tensor:
+        """S d, whatever the negatives."""
+        return negatives.new_tensor(values.scale * values.end_point)
+
+
+PRESETS["d-softmax"] = Preset("d-softmax", scale=32.0, end_point=0.9)
+PRESETS["d-softmax-b"] = Preset("d-softmax", sampler="batch", scale=32.0, end_point=0.9, sampling_rate=1 / 16)
+PRESETS["d-softmax-k"] = Preset("d-softmax", sampler="classes", scale=32.0, end_point=0.9, sampling_rate=1 / 16)

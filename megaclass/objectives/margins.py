@@ -1,56 +1,98 @@
-"""Margins: what is done to the cosine of a sample and its own class before the scale.
-
-Plain elementwise functions, differentiated truly: the widely used public ArcFace code rewrites the positive logit
-outside the graph, so that its derivative there is 1 whatever the angle; ours is the derivative of the formula.
-"""
+"""The margins of CosFace and ArcFace, both at once, and none."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from megaclass.errors import ConfigError
-
-Margin = Callable[[Tensor], Tensor]
+from megaclass.objectives.margin import MARGINS, Facts, Margin, angle_of, continued_cosine
 
 
-def no_margin(cosine: Tensor) -> Tensor:
-    """The cosine as it is, [batch]."""
-    return cosine
+@MARGINS.register("none")
+@dataclass(frozen=True)
+class NoMargin(Margin):
+    """The cosine as it is."""
+
+    def __call__(self, cosine: Tensor, size: Tensor, facts: Facts) -> Tensor:
+        """The argument."""
+        return cosine
 
 
-def additive_cosine(cosine: Tensor, margin: float) -> Tensor:
-    """cos(theta) - m, [batch]. Source: CosFace, Wang et al., CVPR 2018, arXiv 1801.09414, eq. 4."""
-    return cosine - margin
+@MARGINS.register("cosine")
+@dataclass(frozen=True)
+class AdditiveCosine(Margin):
+    """cos(theta) - m. Source: CosFace, Wang et al., CVPR 2018, arXiv 1801.09414, eq. 4; m 0.35."""
+
+    default: ClassVar[float | None] = 0.35
+
+    def __call__(self, cosine: Tensor, size: Tensor, facts: Facts) -> Tensor:
+        """cos(theta) - m."""
+        return cosine - size
 
 
-def additive_angle(cosine: Tensor, margin: float) -> Tensor:
-    """cos(theta + m), [batch], and cos(theta) - m sin(m) where theta + m would pass pi.
+@MARGINS.register("angle")
+@dataclass(frozen=True)
+class AdditiveAngle(Margin):
+    """cos(theta + m), and cos(theta) - m sin(m) where theta + m would pass pi.
 
     Without the second branch the logit would rise again for samples opposite to their class. At the seam it drops from
     -1 to -cos(m) - m sin(m), so the whole is monotone. Source: ArcFace, Deng et al., CVPR 2019, arXiv 1801.07698,
-    eq. 3.
+    eq. 3; m 0.5 radians.
     """
-    cosine = cosine.clamp(-1.0, 1.0)
-    # The floor keeps the square root's derivative finite at theta = 0, where the tangent it multiplies vanishes.
-    sine = (1.0 - cosine * cosine).clamp_min(1e-12).sqrt()
-    shifted = cosine * math.cos(margin) - sine * math.sin(margin)
-    return torch.where(cosine > -math.cos(margin), shifted, cosine - margin * math.sin(margin))
+
+    needs_angle: ClassVar[bool] = True
+    default: ClassVar[float | None] = 0.5
+    largest: ClassVar[float] = math.pi / 2
+    unit: ClassVar[str] = "radians"
+
+    def __call__(self, cosine: Tensor, size: Tensor, facts: Facts) -> Tensor:
+        """The formula, through sines and cosines instead of the angle."""
+        cosine = cosine.clamp(-1.0, 1.0)
+        # The floor keeps the square root's derivative finite at theta = 0, where the tangent it multiplies vanishes.
+        sine = (1.0 - cosine * cosine).clamp_min(1e-12).sqrt()
+        shifted = cosine * torch.cos(size) - sine * torch.sin(size)
+        return torch.where(cosine > -torch.cos(size), shifted, cosine - size * torch.sin(size))
 
 
-def build(name: str, margin: float) -> Margin:
-    """The margin function `none`, `cosine` or `angle` with its size (in cosine, or in radians).
+@MARGINS.register("angle-straight-through")
+@dataclass(frozen=True)
+class StraightThroughAngle(AdditiveAngle):
+    """ArcFace's value with derivative 1 in the cosine, as the widely used public code has it.
 
-    Raises:
-        ConfigError: the size is outside the range in which the margin means something.
+    That code rewrites the positive logit outside the graph. For reproducing runs made with it; `angle` has the
+    derivative sin(theta + m) / sin(theta) that belongs to the formula.
     """
-    if name == "none":
-        return no_margin
-    largest, unit = {"cosine": (1.0, "in cosine"), "angle": (math.pi / 2, "radians")}[name]
-    if not 0 <= margin <= largest:
-        raise ConfigError(f"classifier.margin {margin} is outside [0, {largest:.4g}] ({unit}); usual are 0.3 to 0.5")
-    return partial({"cosine": additive_cosine, "angle": additive_angle}[name], margin=margin)
+
+    def __call__(self, cosine: Tensor, size: Tensor, facts: Facts) -> Tensor:
+        """The value of `angle`; the gradient of the cosine itself."""
+        shift = super().__call__(cosine.detach(), size, facts) - cosine.detach()
+        return cosine + shift
+
+
+@MARGINS.register("combined")
+@dataclass(frozen=True)
+class CombinedMargin(Margin):
+    """cos(m1 theta + m2) - m3, all three at once; m2 is the size of the margin.
+
+    Where m1 theta + m2 passes pi the cosine goes on falling (`continued_cosine`). Source: ArcFace, section 2.3 and
+    table 2, where (1, 0.3, 0.2) is the best combination. Public code often applies only one of the three.
+
+    Attributes:
+        angle_factor: m1, of SphereFace.
+        cosine_margin: m3, of CosFace.
+    """
+
+    angle_factor: float = 1.0
+    cosine_margin: float = 0.2
+    needs_angle: ClassVar[bool] = True
+    default: ClassVar[float | None] = 0.3
+    largest: ClassVar[float] = math.pi / 2
+    unit: ClassVar[str] = "radians"
+
+    def __call__(self, cosine: Tensor, size: Tensor, facts: Facts) -> Tensor:
+        """The formula."""
+        return continued_cosine(self.angle_factor * angle_of(cosine) + size) - self.cosine_margin

@@ -1,69 +1,78 @@
-"""The `Objective` protocol and the registry of its implementations.
+"""`Objective`, `Values` and the registry: what a loss does with the positive logit and the negatives of each sample.
 
 Separate from the implementations so that each of them imports this file and nothing else of ours.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from megaclass.errors import ConfigError
+from megaclass.kernels.terms import Function
+from megaclass.objectives.registry import Registry
 
 
-class Objective(Protocol):
-    """What a loss does with the positive logit z_y and the negatives' log-sum-exp N of each sample.
-
-    The loss of a batch is the mean of `intra` over all its samples plus the mean of `inter` over the samples that have
-    an inter term. An objective whose `inter` ignores z_y is *dissected*: its intra term needs only the rank that owns
-    the class, and it keeps its strength when negatives are sampled.
+@dataclass(frozen=True)
+class Values:
+    """The hyper-parameters a schedule may move, as they are at one step; the same on every rank.
 
     Attributes:
-        needs_positive: whether `inter` uses z_y; if so z_y of the whole batch is sent along with the exponential sums.
+        scale: multiplier of the cosines.
+        margin: size of the margin, in cosine or in radians.
+        end_point: cosine at which a dissected intra term lets go.
+        sampling_rate: share of the classes, or of the batch, that is drawn.
+        learning_rate: factor on the learning rates of the optimizers.
     """
 
-    needs_positive: bool
-
-    def intra(self, positive: Tensor, scale: float) -> Tensor:
-        """[batch] positive logits and the scale -> [batch] losses, elementwise."""
-        ...
-
-    def inter(self, negative_lse: Tensor, positive: Tensor | None) -> Tensor:
-        """[m] log-sum-exps (minus infinity where there is no negative) and logits -> [m] losses, elementwise."""
-        ...
+    scale: float
+    margin: float = 0.0
+    end_point: float = 0.9
+    sampling_rate: float = 1.0
+    learning_rate: float = 1.0
 
 
-_REGISTRY: dict[str, Callable[..., Objective]] = {}
-_T = TypeVar("_T", bound=Callable[..., Any])
+class Objective:
+    """What a loss does with the positive logit z_y and the negatives of each sample.
 
+    The loss of a batch is the mean of `intra` over all its samples plus the mean of `inter` over the samples that have
+    an inter term. z_y is the scale times the cosine after the margin. The negatives come as their log-sum-exp N, or,
+    where `negative_function` gives one, as the sum of what it gives for each of them.
 
-def register(name: str) -> Callable[[_T], _T]:
-    """Class decorator: make an objective known under `name`."""
+    An implementation is a frozen dataclass whose fields are its own hyper-parameters, registered by name.
 
-    def add(implementation: _T) -> _T:
-        assert name not in _REGISTRY, name
-        _REGISTRY[name] = implementation
-        return implementation
-
-    return add
-
-
-def names() -> list[str]:
-    """All registered objectives, sorted."""
-    return sorted(_REGISTRY)
-
-
-def build(name: str, **options: float) -> Objective:
-    """The objective registered as `name`, with its hyper-parameters.
-
-    Raises:
-        ConfigError: no such objective; the message names the nearest.
+    Attributes:
+        needs_positive: whether `inter` uses z_y: the loss is *entangled*, and z_y of the whole batch is sent along with
+            the sums. Otherwise it is *dissected*: the intra term needs only the rank that owns the class, and keeps its
+            strength when negatives are sampled.
+        is_exponential: whether it is built on a log-sum-exp; otherwise it has a `negative_function`.
+        default_end_point: the end point's default; None for a loss without that option.
     """
-    if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, names(), 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"objective {name!r} does not exist{hint}; there are {', '.join(names())}")
-    return _REGISTRY[name](**options)
+
+    needs_positive: ClassVar[bool] = False
+    is_exponential: ClassVar[bool] = True
+    default_end_point: ClassVar[float | None] = None
+
+    def intra(self, positive: Tensor, values: Values, bias: Tensor | None) -> Tensor:
+        """[batch] positive logits -> [batch] losses of the own class alone, elementwise."""
+        raise NotImplementedError
+
+    def inter(self, negatives: Tensor, positive: Tensor | None, values: Values) -> Tensor:
+        """[m] log-sum-exps (minus infinity where there is no negative) or sums, and logits -> [m] losses."""
+        raise NotImplementedError
+
+    def end_point(self, negatives: Tensor, values: Values, bias: Tensor | None) -> Tensor:
+        """The positive logit at which the pull towards the own class is half its strength: a scalar, or [m]."""
+        raise NotImplementedError
+
+    def negative_function(self, values: Values, bias: Tensor | None) -> Function | None:
+        """What each negative adds, for a loss that is a sum over classes; None for one built on a log-sum-exp."""
+        return None
+
+    def initial_bias(self, values: Values, num_classes: int) -> float | None:
+        """Where a learned scalar, the same on every rank, begins; None for a loss without one."""
+        return None
+
+
+OBJECTIVES: Registry[Objective] = Registry("objective")

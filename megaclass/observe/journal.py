@@ -77,6 +77,8 @@ class Journal:
             "positive_cosine": snapshot.positive_cosine,
             "lr": lr,
             "grad_norm": snapshot.grad_norm,
+            **snapshot.monitors,
+            "head_cpu_seconds": snapshot.head_cpu_seconds,
             "samples": snapshot.samples,
             "samples_per_second": snapshot.samples_per_second,
             "data_wait_seconds": snapshot.data_wait_seconds,

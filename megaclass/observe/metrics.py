@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,13 @@ class Snapshot:
         inter: its inter term.
         positive_cosine: mean cosine of the newest global batch to its own classes, before any margin.
         grad_norm: joint gradient norm of the newest step; None where it was not given.
+        monitors: more numbers about the newest step by name (see `classifier.Monitors`); empty where none were given.
         samples: samples trained since this process started, over all ranks.
         samples_per_second: over the steps since the snapshot before, data wait included, evaluations not.
         step_seconds: mean duration of those steps.
         data_wait_seconds: time spent waiting for data in those steps, summed.
         data_wait_share: the same as a share of their duration, in [0, 1].
+        head_cpu_seconds: mean processor time per step of this rank's class layer and row update; 0 on a GPU.
         eta_seconds: expected time to the last step, at the pace since the process started, everything included.
     """
 
@@ -38,11 +41,13 @@ class Snapshot:
     inter: float
     positive_cosine: float
     grad_norm: float | None
+    monitors: dict[str, float]
     samples: int
     samples_per_second: float
     step_seconds: float
     data_wait_seconds: float
     data_wait_share: float
+    head_cpu_seconds: float
     eta_seconds: float
 
 
@@ -63,6 +68,7 @@ class StepMeter:
         self._samples = 0
         self._values: list[Tensor] = []
         self._has_grad_norm = False
+        self._monitors: list[str] = []
         self._begin_window()
 
     def add(
@@ -75,7 +81,9 @@ class StepMeter:
         samples: int,
         data_wait_seconds: float,
         step_seconds: float,
+        head_cpu_seconds: float = 0.0,
         grad_norm: Tensor | None = None,
+        monitors: Any = None,
     ) -> None:
         """Note one step without reading anything from the device.
 
@@ -87,10 +95,13 @@ class StepMeter:
             samples: samples of the step over all ranks.
             data_wait_seconds: how long the step waited for its data.
             step_seconds: duration of the whole step, the wait included.
+            head_cpu_seconds: processor time of the class layer and the row update.
             grad_norm: scalar, joint gradient norm before clipping.
+            monitors: a dataclass of further scalars, in the steps that have them.
         """
         self._values = [loss, intra, inter, positive_cosine, *([] if grad_norm is None else [grad_norm])]
-        self._values = [value.detach() for value in self._values]
+        self._monitors = [] if monitors is None else [row.name for row in fields(monitors)]
+        self._values = [value.detach() for value in [*self._values, *(getattr(monitors, x) for x in self._monitors)]]
         self._has_grad_norm = grad_norm is not None
         self._steps += 1
         self._samples += samples
@@ -98,6 +109,7 @@ class StepMeter:
         self._window_samples += samples
         self._window_wait += data_wait_seconds
         self._window_seconds += step_seconds
+        self._window_head += head_cpu_seconds
 
     def snapshot(self) -> Snapshot:
         """The newest step and the steps since the last call as plain numbers; then a new window begins.
@@ -105,7 +117,7 @@ class StepMeter:
         Cost: waits once for the device, to read one packed vector.
         """
         assert self._window_steps > 0, "a snapshot needs a step since the one before"
-        # One stacked read instead of five: each read of its own would wait for the device.
+        # One stacked read instead of many: each read of its own would wait for the device.
         packed = torch.stack([value.to(torch.float64).mean() for value in self._values]).tolist()
         elapsed = max(self._clock() - self._start, 0.0)
         seconds = self._window_seconds
@@ -115,11 +127,13 @@ class StepMeter:
             inter=packed[2],
             positive_cosine=packed[3],
             grad_norm=packed[4] if self._has_grad_norm else None,
+            monitors=dict(zip(self._monitors, packed[len(packed) - len(self._monitors) :], strict=True)),
             samples=self._samples,
             samples_per_second=self._window_samples / seconds if seconds > 0 else 0.0,
             step_seconds=seconds / self._window_steps,
             data_wait_seconds=self._window_wait,
             data_wait_share=min(self._window_wait / seconds, 1.0) if seconds > 0 else 0.0,
+            head_cpu_seconds=self._window_head / self._window_steps,
             eta_seconds=elapsed / self._steps * max(self._num_steps - self._steps, 0),
         )
         self._begin_window()
@@ -130,3 +144,4 @@ class StepMeter:
         self._window_samples = 0
         self._window_wait = 0.0
         self._window_seconds = 0.0
+        self._window_head = 0.0

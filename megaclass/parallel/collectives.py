@@ -111,6 +111,18 @@ def sum_over_ranks(x: Tensor, group: Group) -> Tensor:
     return out
 
 
+def max_over_ranks(x: Tensor, group: Group) -> Tensor:
+    """Elementwise maximum over ranks, without a gradient.
+
+    In -> out: different per rank -> same on every rank. Cost: one all-reduce of numel(x) elements.
+    """
+    if group_size(group) == 1:
+        return x.detach()
+    out = x.detach().clone()
+    dist.all_reduce(out, op=dist.ReduceOp.MAX, group=group)
+    return out
+
+
 class _BatchMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, moments: Tensor, group: Group) -> Tensor:

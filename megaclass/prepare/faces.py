@@ -45,7 +45,8 @@ def find_faces(fonts: Sequence[Path] | None = None) -> tuple[list[Face], list[st
 
     Args:
         fonts: .ttf, .otf, .ttc or .otc files, or folders searched to any depth; by default the DejaVu faces that come
-            with matplotlib, without those of few characters.
+            with matplotlib, without those of few characters. `FILE.ttc#2` is face 2 of a collection, counted from 0:
+            a collection often holds one design for several countries, which are no different faces.
 
     Raises:
         DataError: a path does not exist, a file named directly cannot be used, or there is no face at all.
@@ -64,18 +65,31 @@ def find_faces(fonts: Sequence[Path] | None = None) -> tuple[list[Face], list[st
                     except DataError as error:
                         passed_over.append(str(error))
         else:
-            faces += _faces_of(Path(font))
+            path, number = _file_and_number(Path(font))
+            faces += _faces_of(path, number)
     if not faces:
         raise DataError(f"no usable font in {', '.join(map(str, fonts))}; give {', '.join(_SUFFIXES)} files or folders")
     return _named_apart(faces), passed_over
 
 
-def _faces_of(path: Path) -> list[Face]:
+def _file_and_number(font: Path) -> tuple[Path, int | None]:
+    stem, mark, number = font.name.rpartition("#")
+    if not mark or font.exists():
+        return font, None
+    if not number.isdecimal():
+        raise DataError(f"font {font} names no face of a collection; give its number after the #, as FILE.ttc#2")
+    return font.with_name(stem), int(number)
+
+
+def _faces_of(path: Path, only: int | None = None) -> list[Face]:
     # Damaged fonts make both libraries raise almost anything.
     try:
         faces = []
         with path.open("rb") as stream:
-            for number in range(_num_faces(path, stream)):
+            num_faces = _num_faces(path, stream)
+            for number in range(num_faces):
+                if only not in (None, number):
+                    continue
                 stream.seek(0)
                 code_points = frozenset(TTFont(stream, fontNumber=number, lazy=True).getBestCmap() or ())
                 family, style = ImageFont.truetype(str(path), 16, index=number).getname()
@@ -84,6 +98,8 @@ def _faces_of(path: Path) -> list[Face]:
         raise DataError(f"font {path} does not exist; give .ttf, .otf, .ttc or .otc files or folders") from None
     except Exception as error:
         raise DataError(f"font {path} cannot be used: {error or type(error).__name__}; leave it out") from None
+    if only is not None and only >= num_faces:
+        raise DataError(f"font {path} has no face {only}; it has {num_faces}, counted from 0")
     faces = [face for face in faces if face.code_points]
     if not faces:
         raise DataError(f"font {path} maps no Unicode characters; leave it out")

@@ -1,21 +1,22 @@
 """A data set of characters drawn by typefaces: many real classes on any machine, without a download.
 
-A class is a character, its samples are the faces that draw it. In order: draw every character of every face; drop
-blanks and placeholders by their pixels; keep characters that enough faces draw; merge look-alikes (`lookalikes`); drop
-pictures that two classes share and pictures a class holds twice; keep classes with enough different pictures left.
+A class is a character, its samples are the faces that draw it. In order: choose characters (`characters`); draw them in
+every face; drop blanks and placeholders by their pixels; keep characters that enough faces draw; merge look-alikes
+(`lookalikes`); drop pictures that two classes share and pictures a class holds twice; keep classes with enough
+different pictures left.
 """
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from megaclass.errors import ConfigError, DataError
+from megaclass.prepare.characters import TOO_FEW_FACES, CharacterSet, Reserve, reasons_against
 from megaclass.prepare.encode import encode_array
 from megaclass.prepare.faces import Face, Pen, find_faces
 from megaclass.prepare.lookalikes import TOLERANCE, first_of_each, merge_characters, shared_between_classes
@@ -23,9 +24,6 @@ from megaclass.prepare.plans import Samples, write_dataset
 from megaclass.prepare.report import PreparationReport
 from megaclass.prepare.split import choose_unseen
 from megaclass.prepare.writer import SAMPLES_PER_SHARD, Progress, check_output
-
-# Controls, formats, separators, marks that need a base, and private use, which means another thing in every font.
-_LEFT_OUT = frozenset({"Cc", "Cf", "Cs", "Co", "Zs", "Zl", "Zp", "Mn", "Mc", "Me"})
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,8 @@ def make_glyphs(
     min_faces: int = 8,
     min_images: int = 2,
     tolerance: float = TOLERANCE,
+    characters: CharacterSet = "all",
+    reserve: Reserve | None = None,
     unseen_fraction: float | None = None,
     unseen_classes: int | None = None,
     samples_per_shard: int = SAMPLES_PER_SHARD,
@@ -64,12 +64,15 @@ def make_glyphs(
 
     Args:
         out: folder of the data set.
-        fonts: font files, or folders of them; by default the DejaVu faces that come with matplotlib.
+        fonts: font files, or folders of them, as for `find_faces`; by default the DejaVu faces that come with
+            matplotlib.
         image_size: side of the images in pixels.
         min_faces: faces that must draw a character for it to be a class.
         min_images: different pictures a class must have: faces that inherit a picture from another do not count.
         tolerance: characters whose pictures differ by no more than this share of their squared ink, in most faces, are
             one class; 0 merges equal pictures only.
+        characters: `han` takes the unified ideographs alone.
+        reserve: characters that appear nowhere in the data set.
         unseen_fraction: share of classes, chosen by hash, kept unseen; 0.1 if `unseen_classes` is not given either.
         unseen_classes: number of classes kept unseen, those of smallest hash.
         samples_per_shard: samples in one tar shard.
@@ -84,6 +87,7 @@ def make_glyphs(
         DataError: a font cannot be used, or nothing is left.
 
     Cost: image_size² bytes per face and character in memory; about ten seconds for the default on one core.
+        Look-alikes take time with the square of the characters: CJK_COST.
     """
     if not 8 <= image_size <= 256:
         raise ConfigError(f"image-size is {image_size}; allowed for glyphs is 8 to 256 pixels")
@@ -93,7 +97,7 @@ def make_glyphs(
         raise ConfigError(f"tolerance is {tolerance}; allowed is 0 up to, not including, 1")
     check_output(out, overwrite)
     faces, passed_over = find_faces(fonts)
-    glyphs = draw_glyphs(faces, image_size, min_faces, min_images, tolerance, progress)
+    glyphs = draw_glyphs(faces, image_size, min_faces, min_images, tolerance, progress, characters, reserve)
     if not len(glyphs.classes):
         raise DataError(
             f"no character is drawn in {min_faces} of the {len(faces)} faces with {min_images} different pictures; "
@@ -133,18 +137,22 @@ def draw_glyphs(
     min_images: int,
     tolerance: float = TOLERANCE,
     progress: Progress | None = None,
+    characters: CharacterSet = "all",
+    reserve: Reserve | None = None,
 ) -> Glyphs:
     """All pictures that remain of the faces' characters, sorted by class and face; see the module for the steps."""
-    code_points, face_numbers, rasters, counts = _draw_all(faces, image_size, progress)
+    against = reasons_against([face.code_points for face in faces], min_faces, characters, reserve)
+    code_points, face_numbers, rasters, reasons = _draw_all(faces, image_size, against, progress)
     kept = _is_frequent(code_points, min_faces)
-    counts["pictures of characters in fewer than min-faces faces"] = int((~kept).sum())
+    reasons[TOO_FEW_FACES] += int((~kept).sum())
+    counts = {f"pictures {reason}": count for reason, count in sorted(reasons.items())}
     code_points, face_numbers, rasters = code_points[kept], face_numbers[kept], rasters[kept]
-    names, characters = np.unique(code_points, return_inverse=True)
-    merged = merge_characters(rasters, characters, face_numbers, len(names), tolerance)
-    classes = merged[characters]
+    names, numbers = np.unique(code_points, return_inverse=True)
+    merged = merge_characters(rasters, numbers, face_numbers, len(names), tolerance)
+    classes = merged[numbers]
     counts["characters merged into a look-alike"] = int((merged != np.arange(len(names))).sum())
 
-    order = np.lexsort((characters, face_numbers, classes))
+    order = np.lexsort((numbers, face_numbers, classes))
     classes, face_numbers, rasters = classes[order], face_numbers[order], rasters[order]
     pairs = np.stack([classes, face_numbers], axis=1)
     kept = np.concatenate([[True], (pairs[1:] != pairs[:-1]).any(axis=1)])[: len(pairs)]
@@ -164,8 +172,8 @@ def draw_glyphs(
 
 
 def _draw_all(
-    faces: Sequence[Face], image_size: int, progress: Progress | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, int]]:
+    faces: Sequence[Face], image_size: int, against: Mapping[int, str], progress: Progress | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counter[str]]:
     reasons: Counter[str] = Counter()
     code_points: list[int] = []
     face_numbers: list[int] = []
@@ -173,8 +181,8 @@ def _draw_all(
     for number, face in enumerate(faces):
         pen = Pen(face, image_size)
         for code in sorted(face.code_points):
-            if unicodedata.category(chr(code)) in _LEFT_OUT:
-                reasons["left out by category"] += 1
+            if code in against:
+                reasons[against[code]] += 1
                 continue
             picture = pen.draw(chr(code))
             if isinstance(picture, str):
@@ -185,9 +193,8 @@ def _draw_all(
             pictures.append(picture)
         if progress is not None:
             progress(number + 1, len(faces))
-    counts = {f"pictures {reason}": count for reason, count in sorted(reasons.items())}
     rasters = np.stack(pictures) if pictures else np.empty((0, image_size, image_size), dtype=np.uint8)
-    return np.array(code_points, dtype=np.int64), np.array(face_numbers, dtype=np.int64), rasters, counts
+    return np.array(code_points, dtype=np.int64), np.array(face_numbers, dtype=np.int64), rasters, reasons
 
 
 def _is_frequent(values: np.ndarray, least: int) -> np.ndarray:

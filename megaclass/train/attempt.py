@@ -199,7 +199,7 @@ class Attempt:
         self.meter.add(
             loss=output.loss, intra=output.intra, inter=output.inter, positive_cosine=output.positive_cosine,
             samples=size, data_wait_seconds=result.data_wait_seconds, step_seconds=result.step_seconds,
-            grad_norm=result.grad_norm,
+            head_cpu_seconds=result.head_cpu_seconds, grad_norm=result.grad_norm, monitors=output.monitors,
         )  # fmt: skip
         for sample in (sample for batch in result.batches for sample in batch.skipped):
             self.skipped[sample.reason] = self.skipped.get(sample.reason, 0) + 1

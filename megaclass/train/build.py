@@ -7,19 +7,21 @@ import math
 import torch
 from torch import nn
 
-from megaclass import backbones, objectives, sampling
+from megaclass import backbones, loss
 from megaclass.classifier import ShardedClassifier
 from megaclass.config import Config
 from megaclass.data.batch import Reader
 from megaclass.data.open import open_reader
 from megaclass.errors import ConfigError
-from megaclass.objectives import margins, presets
+from megaclass.neighbours import NeighbourGraph
+from megaclass.objectives import presets
 from megaclass.optim import backbone as backbone_optimizer
 from megaclass.optim import rowwise
 from megaclass.optim.ema import MovingAverage
 from megaclass.optim.schedule import base_rates
 from megaclass.parallel.process import World
 from megaclass.parallel.shard import ClassShard
+from megaclass.sampling.samplers import Graph
 from megaclass.train.ddp import DDPStrategy
 from megaclass.train.loop import Training
 
@@ -62,7 +64,7 @@ def build(config: Config, world: World) -> Training:
     backbone = build_backbone(config, world).to(dtype=dtype)
     backbone_rate, _ = base_rates(config.optim, config.train.global_batch_size)
     strategy = DDPStrategy(backbone, backbone_optimizer.build(backbone, config.optim, backbone_rate), world)
-    classifier = build_classifier(config, world, reader.num_classes, strategy.grad_divisor)
+    classifier, graph = build_classifier(config, world, reader, strategy.grad_divisor)
     decay = config.optim.ema_decay
     num_steps = number_of_steps(config, reader)
     if config.optim.warmup_steps >= num_steps:
@@ -77,6 +79,10 @@ def build(config: Config, world: World) -> Training:
         strategy=strategy,
         classifier=classifier,
         row_optimizer=rowwise.build(config.optim.class_name, classifier.weight.detach(), config.optim),
+        bias_optimizer=None
+        if classifier.bias is None
+        else rowwise.build(config.optim.class_name, classifier.bias.detach().view(1, 1), config.optim),
+        graph=graph,
         average=None if decay is None else MovingAverage(backbone, decay),
         num_steps=num_steps,
     )
@@ -111,32 +117,89 @@ def build_backbone(config: Config, world: World) -> nn.Module:
     return backbone.to(world.device)
 
 
-def build_classifier(config: Config, world: World, num_classes: int, grad_divisor: int) -> ShardedClassifier:
-    """This rank's shard of the class weights with the loss of the preset."""
-    options = config.classifier
-    preset = presets.resolve(
-        options.preset,
-        scale=options.scale,
-        margin=options.margin,
-        end_point=options.end_point,
-        sampling_rate=options.sampling_rate,
-        batch_positives=options.batch_positives,
-    )
-    presets.check_exponents(preset.scale, num_classes)
-    hyper = {} if preset.end_point is None else {"end_point": preset.end_point}
-    return ShardedClassifier(
+def build_classifier(
+    config: Config, world: World, reader: Reader, grad_divisor: int
+) -> tuple[ShardedClassifier, NeighbourGraph | None]:
+    """This rank's shard of the class weights with the loss of the preset, and the graph of the sampler `hard`."""
+    preset = resolve_preset(config)
+    shard = ClassShard(reader.num_classes, world.rank, world.size)
+    graph = build_graph(config, preset, shard, world)
+    classifier = ShardedClassifier(
         config.backbone.dim,
-        ClassShard(num_classes, world.rank, world.size),
-        objectives.build(preset.objective, **hyper),
-        margins.build(preset.margin_kind, preset.margin or 0.0),
-        sampling.build(preset.sampler, preset.sampling_rate, config.train.seed, bool(preset.batch_positives)),
-        scale=preset.scale,
+        shard,
+        build_loss(config, preset, reader.num_classes, graph),
         seed=config.train.seed,
         group=world.group,
         grad_divisor=grad_divisor,
-        kernel=options.kernel,
+        kernel=config.classifier.kernel,
+        balance=loss.balance(
+            reader.class_counts,
+            shard,
+            weight_power=config.classifier.count_weight_power,
+            margin_power=config.classifier.count_margin_power,
+        ),
         dtype=row_dtype(config),
         device=world.device,
+    )
+    return classifier, graph
+
+
+def build_graph(config: Config, preset: presets.Preset, shard: ClassShard, world: World) -> NeighbourGraph | None:
+    """The nearest-class graph of the sampler `hard`; None for any other sampler."""
+    if preset.sampler != "hard":
+        return None
+    assert preset.num_neighbours is not None
+    assert preset.rebuild_every is not None
+    return NeighbourGraph(
+        shard,
+        preset.num_neighbours,
+        rebuild_every=preset.rebuild_every,
+        # Half the interval is time enough for the search; after it the neighbours are from half an interval ago.
+        lag=preset.rebuild_every // 2,
+        search=config.classifier.neighbour_search,
+        group=world.group,
+        rows_per_class=config.classifier.sub_centres,
+        device=world.device,
+    )
+
+
+def resolve_preset(config: Config) -> presets.Preset:
+    """The preset of a configuration with its options put in.
+
+    Raises:
+        ConfigError: an unknown name, an option that does not apply, or a combination without sense.
+    """
+    options = config.classifier
+    moving = {
+        name: (course.shape, course.points)
+        for name in type(options.schedule).model_fields
+        if (course := getattr(options.schedule, name)) is not None
+    }
+    names = (
+        "objective", "margin_kind", "negative_map", "sampler", "scale", "margin", "end_point", "sampling_rate",
+        "batch_positives", "correction", "draw", "num_neighbours", "rebuild_every",
+    )  # fmt: skip
+    given = {name: getattr(options, name) for name in names}
+    preset = presets.resolve(options.preset, hyper=options.hyper, schedule=moving, **given)
+    if options.count_margin_power and preset.margin is None:
+        raise ConfigError(
+            f"classifier.count_margin_power {options.count_margin_power} means nothing without a margin; choose a "
+            "margin_kind or leave it out"
+        )
+    return preset
+
+
+def build_loss(config: Config, preset: presets.Preset, num_classes: int, graph: Graph | None) -> loss.Loss:
+    """The loss of a resolved preset with the options that every loss has."""
+    options = config.classifier
+    return loss.build(
+        preset,
+        num_classes,
+        seed=config.train.seed,
+        negative_filter=options.negative_filter,
+        rows_per_class=options.sub_centres,
+        normalisation=options.normalisation,
+        graph=graph,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from megaclass.config import Config
 from megaclass.evaluate.split import open_evaluation
-from megaclass.objectives import margins, presets
+from megaclass.objectives import presets
 from megaclass.parallel.process import World, choose_device
 from megaclass.parallel.shard import ClassShard
 from megaclass.train import build
@@ -30,24 +30,20 @@ def describe(config: Config) -> str:
     world = World(0, 1, 0, choose_device("cpu", 0), None, None)
     reader = build.build_reader(config, world)
     evaluation = open_evaluation(config)
-    options = config.classifier
-    preset = presets.resolve(
-        options.preset, scale=options.scale, margin=options.margin, end_point=options.end_point,
-        sampling_rate=options.sampling_rate, batch_positives=options.batch_positives,
-    )  # fmt: skip
-    presets.check_exponents(preset.scale, reader.num_classes)
-    margins.build(preset.margin_kind, preset.margin or 0.0)
+    preset = build.resolve_preset(config)
+    presets.check_exponents(preset, reader.num_classes, config.classifier.normalisation)
     with torch.device("meta"):  # shapes without memory
         backbone = build.build_backbone(config, World(0, 1, 0, torch.device("meta"), None, None))
     steps = build.number_of_steps(config, reader)
     shards = [ClassShard(reader.num_classes, rank, size) for rank in range(size)]
-    row_bytes = config.backbone.dim * build.row_dtype(config).itemsize
+    row_bytes = config.classifier.sub_centres * config.backbone.dim * build.row_dtype(config).itemsize
     states = {"sgd": 1 if config.optim.momentum else 0, "adamw": 2}[config.optim.class_name]
     lines = [
         "# resolved configuration",
         config.to_yaml(),
         "# plan",
-        f"loss: {preset.objective} with margin {preset.margin_kind}, negatives {preset.sampler}, scale {preset.scale}",
+        f"loss: {preset.objective} with margin {preset.margin_kind} and negative map {preset.negative_map}, sampler "
+        f"{preset.sampler}; at the start {preset.values(0.0)}, at the end {preset.values(1.0)}",
         f"ranks: {size}; rows per rank: {', '.join(str(shard.num_rows) for shard in shards[:8])}"
         f"{', ...' if size > 8 else ''}",
         f"class rows and optimizer state of the largest shard: {(1 + states) * shards[0].num_rows * row_bytes:,} bytes",

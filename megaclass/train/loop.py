@@ -10,15 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
-from megaclass.classifier import ClassifierOutput, ShardedClassifier
+from megaclass.classifier import ClassifierOutput, Monitors, ShardedClassifier
 from megaclass.config import Config
 from megaclass.data.batch import Batch, Reader
 from megaclass.kernels.row_gradient import RowGradient
+from megaclass.neighbours import NeighbourGraph
 from megaclass.optim.clip import clip_coefficient, joint_norm
 from megaclass.optim.ema import MovingAverage
 from megaclass.optim.rowwise import RowOptimizer
@@ -32,6 +33,8 @@ class Training:
     """The parts of one run that a step works with, and how far it has come.
 
     Attributes:
+        bias_optimizer: of a loss's learned bias, the same on every rank; None for a loss without one.
+        graph: the nearest-class graph of the sampler `hard`; None for any other.
         num_steps: steps of the whole run.
         step: steps taken, over all attempts.
         position: samples consumed, over all ranks.
@@ -43,6 +46,8 @@ class Training:
     strategy: Strategy
     classifier: ShardedClassifier
     row_optimizer: RowOptimizer
+    bias_optimizer: RowOptimizer | None
+    graph: NeighbourGraph | None
     average: MovingAverage | None
     num_steps: int
     step: int = 0
@@ -65,6 +70,7 @@ class StepResult:
         learning_rates: of `backbone` and `classes` in this step.
         batches: this rank's micro-batches, without their images.
         data_wait_seconds, step_seconds: the wait for data and the whole step.
+        head_cpu_seconds: processor time of this rank's class layer and row update; 0 on a GPU, where it means nothing.
     """
 
     output: ClassifierOutput
@@ -74,6 +80,7 @@ class StepResult:
     batches: list[Batch]
     data_wait_seconds: float
     step_seconds: float
+    head_cpu_seconds: float
 
     @property
     def ids(self) -> list[int]:
@@ -123,6 +130,12 @@ def train_step(
     start = time.monotonic()
     num_micro = training.config.train.accumulation_steps
     strategy, classifier = training.strategy, training.classifier
+    values = classifier.loss.preset.values(training.step / training.num_steps)
+    # The numbers for people are computed in the steps that are logged, and only there.
+    monitor = (training.step + 1) % training.config.run.log_every == 0 or training.step + 1 == training.num_steps
+    before_head = classifier.cpu_seconds
+    if training.graph is not None:
+        training.graph.advance(classifier.weight.detach(), training.step)
     data_wait_seconds = 0.0
     used: list[Batch] = []
     outputs: list[ClassifierOutput] = []
@@ -135,12 +148,13 @@ def train_step(
         with strategy.accumulate(is_last=micro == num_micro - 1):
             with precision(training.config, training.world.device):
                 embeddings = strategy.model(on_device.images.to(_image_dtype(training.config)))
-            output = classifier(embeddings, on_device.labels, draw_id=training.step * num_micro + micro)
+            draw_id = training.step * num_micro + micro
+            output = classifier(embeddings, on_device.labels, draw_id=draw_id, values=values, monitor=monitor)
             strategy.backward(output.loss / num_micro)
         outputs.append(output)
         used.append(Batch(batch.images.new_empty(0), batch.labels, batch.ids, batch.position, batch.skipped))
     before_update(used)
-    norm, is_taken, rates = _update(training)
+    norm, is_taken, rates = _update(training, values.learning_rate)
     return StepResult(
         output=_mean(outputs),
         grad_norm=norm,
@@ -149,10 +163,11 @@ def train_step(
         batches=used,
         data_wait_seconds=data_wait_seconds,
         step_seconds=time.monotonic() - start,
+        head_cpu_seconds=classifier.cpu_seconds - before_head,
     )
 
 
-def _update(training: Training) -> tuple[Tensor, bool, dict[str, float]]:
+def _update(training: Training, rate_factor: float) -> tuple[Tensor, bool, dict[str, float]]:
     """Clip jointly and step both optimizers, or neither where the norm is not finite.
 
     The norm is the same number on every rank: backbone gradients are replicated, and the class rows' part is summed
@@ -162,18 +177,26 @@ def _update(training: Training) -> tuple[Tensor, bool, dict[str, float]]:
     config, strategy, classifier = training.config, training.strategy, training.classifier
     gradient = classifier.take_row_gradient()
     assert gradient is not None
-    norm = joint_norm(strategy.gradients(), gradient.values, training.world.group)
-    factor = learning_rate_factor(config.optim, training.step, training.num_steps)
+    bias_gradient = classifier.take_bias_gradient()
+    replicated = [*strategy.gradients(), *([] if bias_gradient is None else [bias_gradient])]
+    norm = joint_norm(replicated, gradient.values, training.world.group)
+    factor = rate_factor * learning_rate_factor(config.optim, training.step, training.num_steps)
     backbone_rate, class_rate = base_rates(config.optim, config.train.global_batch_size)
     rates = {"backbone": backbone_rate * factor, "classes": class_rate * factor}
-    if not bool(torch.isfinite(norm)):
+    is_finite = bool(torch.isfinite(norm))
+    classifier.keep_state(is_finite)
+    if not is_finite:
         strategy.skip()
         return norm, False, rates
     limit = config.optim.clip_norm
     coefficient = torch.ones_like(norm) if limit is None else clip_coefficient(norm, limit)
     strategy.step(rates["backbone"], coefficient)
-    values = gradient.values.mul_(coefficient.to(gradient.values.dtype))
-    training.row_optimizer.step(RowGradient(gradient.rows, values), rates["classes"])
+    with classifier.timed():
+        values = gradient.values.mul_(coefficient.to(gradient.values.dtype))
+        training.row_optimizer.step(RowGradient(gradient.rows, values), rates["classes"])
+    if training.bias_optimizer is not None and bias_gradient is not None:
+        step = (bias_gradient * coefficient.to(bias_gradient.dtype)).view(1, 1)
+        training.bias_optimizer.step(RowGradient(None, step), rates["classes"])
     if training.average is not None:
         training.average.update()
     return norm, True, rates
@@ -197,4 +220,10 @@ def _mean(outputs: list[ClassifierOutput]) -> ClassifierOutput:
     def mean(name: str) -> Tensor:
         return torch.stack([getattr(output, name).detach() for output in outputs]).mean()
 
-    return ClassifierOutput(mean("loss"), mean("intra"), mean("inter"), mean("positive_cosine"))
+    seen = [output.monitors for output in outputs if output.monitors is not None]
+    monitors = None
+    if seen:
+        monitors = Monitors(
+            **{row.name: torch.stack([getattr(one, row.name) for one in seen]).mean() for row in fields(Monitors)}
+        )
+    return ClassifierOutput(mean("loss"), mean("intra"), mean("inter"), mean("positive_cosine"), monitors)

@@ -3,8 +3,12 @@
     backbone/NAME          parameters and buffers of the backbone            replicated
     optimizer/NAME/KEY     state of its optimizer                            replicated
     average/NAME           moving average of the backbone, if there is one   replicated
+    loss/NAME              a learned bias, its optimizer's state, a running state   replicated
     class_weight           the class weights                                 one row per class
     class_optimizer/KEY    state of the row optimizer                        one row per class
+    neighbours/KEY         the nearest-class graph of the sampler `hard`     one row per class
+
+With sub-centres a class's rows are one entry of its own, [classes, sub-centres, ...].
 
 Everything random in a run is a function of the seed and of counters, so there is no generator state to keep.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megaclass.checkpoint import Snapshot
@@ -26,14 +31,13 @@ def take(training: Training, attempt: int, extra: dict[str, Any]) -> Snapshot:
     replicated |= _prefixed("optimizer", training.strategy.state())
     if training.average is not None:
         replicated |= _prefixed("average", training.average.state_dict())
-    sharded = {"class_weight": training.classifier.weight.detach()}
-    sharded |= _prefixed("class_optimizer", training.row_optimizer.state)
+    replicated |= _prefixed("loss", _loss_tensors(training))
     return Snapshot(
         step=training.step,
         position=training.position,
         attempt=attempt,
         replicated=replicated,
-        sharded=sharded,
+        sharded=_sharded(training),
         num_classes=training.classifier.shard.num_classes,
         config=training.config.model_dump(mode="json"),
         extra=extra,
@@ -50,16 +54,44 @@ def restore(training: Training, snapshot: Snapshot) -> None:
     training.strategy.load_state(_stripped("optimizer", snapshot.replicated))
     if training.average is not None:
         training.average.load_state_dict(_stripped("average", snapshot.replicated))
-    own = {"class_weight": training.classifier.weight.detach()}
-    own |= _prefixed("class_optimizer", training.row_optimizer.state)
+    loss = _stripped("loss", snapshot.replicated)
+    for name, tensor in _loss_tensors(training).items():
+        if name not in loss:
+            raise CheckpointError(f"the checkpoint has no tensor loss/{name}; start in a new run.dir")
+        _copy(f"loss/{name}", loss[name], tensor)
+    own = _sharded(training)
     if own.keys() != snapshot.sharded.keys():
         different = ", ".join(sorted(own.keys() ^ snapshot.sharded.keys()))
         raise CheckpointError(f"the checkpoint's class tensors are not this run's: {different}; start in a new run.dir")
     for name, tensor in own.items():
         _copy(name, snapshot.sharded[name], tensor)
+    if training.graph is not None:
+        training.graph.load_state(_stripped("neighbours", snapshot.sharded), int(loss["neighbours_count_from"]))
     training.step = snapshot.step
     training.position = snapshot.position
     training.reader.seek(snapshot.position)
+
+
+def _sharded(training: Training) -> dict[str, Tensor]:
+    """This rank's tensors with one row per class; live ones, or views of them."""
+    classifier, per_class = training.classifier, training.classifier.loss.rows_per_class
+    rows = {"class_weight": classifier.weight.detach()} | _prefixed("class_optimizer", training.row_optimizer.state)
+    if per_class > 1:
+        rows = {name: tensor.view(-1, per_class, *tensor.shape[1:]) for name, tensor in rows.items()}
+    return rows if training.graph is None else rows | _prefixed("neighbours", training.graph.state())
+
+
+def _loss_tensors(training: Training) -> dict[str, Tensor]:
+    """Tensors of the loss that are the same on every rank."""
+    classifier = training.classifier
+    tensors = {}
+    if classifier.bias is not None and training.bias_optimizer is not None:
+        tensors = {"bias": classifier.bias.detach()} | _prefixed("bias_optimizer", training.bias_optimizer.state)
+    if classifier.state is not None:
+        tensors["state"] = classifier.state
+    if training.graph is not None:
+        tensors["neighbours_count_from"] = torch.tensor(training.graph.counts_from)
+    return tensors
 
 
 def load_module(module: Any, tensors: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,7 +42,7 @@ def numbered(make: Any = None, workers: int = 2) -> BatchReader:
     return BatchReader(
         lambda position: count(position, 2),
         batch,
-        num_classes=1,
+        class_counts=np.array([100]),
         num_samples=100,
         workers=workers,
         budget=SkipBudget(0, 100, 1),

@@ -1,0 +1,96 @@
+"""The commands that make and check data sets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from megaclass.cli.command import Progress, command
+from megaclass.errors import ConfigError, DataError
+
+
+def add_to(commands: Any) -> None:
+    """Make the commands known to the parser."""
+    data = command(commands, "data", lambda _: 2, "make and check data sets")
+    kinds = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    glyphs = command(kinds, "glyphs", _data_glyphs, "render the characters of fonts, or read strips of rendered ones")
+    glyphs.add_argument("--fonts", nargs="+", type=Path, metavar="PATH", help="font files or folders (default: DejaVu)")
+    glyphs.add_argument("--strips", type=Path, metavar="ZIP", help="read one strip of tiles per class instead")
+    glyphs.add_argument("--sources", type=Path, metavar="JSON", help="with --strips: names of the tiles")
+    glyphs.add_argument("--min-faces", type=int, help="faces that must draw a character (default 8)")
+    glyphs.add_argument("--min-images", type=int, help="different pictures that a class must have (default 2)")
+    glyphs.add_argument("--characters", choices=["all", "han"], help="han: the unified ideographs alone (default all)")
+    glyphs.add_argument("--reserve", metavar="KEY:BUCKETS", help="leave out characters by hash; see docs/data.md")
+    images = command(kinds, "images", _data_images, "import a folder or zip with one folder of images per class")
+    images.add_argument("root", type=Path, metavar="ROOT", help="folder or .zip")
+    images.add_argument("--class-depth", type=int, default=1, help="folder levels that make the class name")
+    images.add_argument("--source-pattern", metavar="REGEX", help="one group, searched in the file name: the source")
+    images.add_argument("--image-mode", choices=["L", "RGB"], help="convert all images (default: grey stays grey)")
+    images.add_argument("--on-bad", choices=["stop", "skip"], default="stop", help="what an unreadable image does")
+    images.add_argument(
+        "--quarter-turns", action="store_true", help="add each trained class turned by 90, 180, 270 degrees as classes"
+    )
+    images.add_argument("--unseen-groups", metavar="NAMES", help="groups kept unseen: last:5, or names with commas")
+    for made in (glyphs, images):
+        made.add_argument("--out", type=Path, required=True, metavar="DIR")
+        made.add_argument("--image-size", type=int, help="pixels a side")
+        made.add_argument("--unseen-fraction", type=float, help="share of classes never trained on, chosen by hash")
+        made.add_argument("--unseen-classes", type=int, help="number of classes never trained on, chosen by hash")
+        made.add_argument("--samples-per-shard", type=int, help="samples in one tar shard")
+        made.add_argument("--name", help="name of the data set")
+        made.add_argument("--overwrite", action="store_true", help="replace the data set in DIR")
+    verify = command(kinds, "verify", _data_verify, "check every shard of a data set against its manifest")
+    verify.add_argument("folder", type=Path, metavar="DIR")
+    verify.add_argument("--json", action="store_true")
+
+
+def _given(known: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The arguments that were given, for functions that have defaults of their own."""
+    common = ("image_size", "unseen_fraction", "unseen_classes", "samples_per_shard", "name", "overwrite")
+    values = {name: getattr(known, name) for name in (*names, *common)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _data_glyphs(known: argparse.Namespace) -> int:
+    with Progress("glyphs") as progress:
+        if known.strips is not None:
+            from megaclass.prepare.strips import import_strips
+
+            for name in ("fonts", "min_faces", "min_images", "characters", "reserve"):
+                if getattr(known, name) is not None:
+                    option = name.replace("_", "-")
+                    raise ConfigError(f"--{option} means nothing with --strips, which hold the pictures; leave it out")
+            report = import_strips(known.strips, known.out, progress=progress, **_given(known, "sources"))
+        else:
+            from megaclass.prepare.characters import Reserve
+            from megaclass.prepare.glyphs import make_glyphs
+
+            if known.sources:
+                raise ConfigError("--sources means nothing without --strips; leave it out")
+            options = _given(known, "fonts", "min_faces", "min_images", "characters")
+            if known.reserve is not None:
+                options["reserve"] = Reserve.parse(known.reserve)
+            report = make_glyphs(known.out, progress=progress, **options)
+    print(report.text())
+    return 0
+
+
+def _data_images(known: argparse.Namespace) -> int:
+    from megaclass.prepare.images import import_images
+
+    names = ("class_depth", "source_pattern", "image_mode", "on_bad", "quarter_turns", "unseen_groups")
+    with Progress("images") as progress:
+        report = import_images(known.root, known.out, progress=progress, **_given(known, *names))
+    print(report.text())
+    return 0
+
+
+def _data_verify(known: argparse.Namespace) -> int:
+    from megaclass.prepare.verify import verify
+
+    with Progress("samples") as progress:
+        report = verify(known.folder, progress)
+    print(json.dumps(report.as_dict(), indent=2) if known.json else report.text())
+    return 0 if report.ok else DataError.exit_code

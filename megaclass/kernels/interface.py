@@ -1,0 +1,86 @@
+"""What goes into a kernel and what comes out: `Candidates`, `Negatives`.
+
+Separate so that the kernels and the seam that chooses among them can both import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megaclass.kernels.row_gradient import RowGradient
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The negatives of one shard: which of its classes, and how much each counts.
+
+    Attributes:
+        weight: [classes * rows_per_class, dim], this rank's class weights, of any length; normalised inside.
+        rows: [n] int64 unique and sorted local classes that are negative candidates, or None for all of them.
+        log_weight: [n] or a number: ln of what each contribution is multiplied by, as a correction of the sampling.
+        rows_per_class: sub-centres; the one with the largest cosine stands for its class.
+    """
+
+    weight: Tensor
+    rows: Tensor | None = None
+    log_weight: float | Tensor = 0.0
+    rows_per_class: int = 1
+
+    @property
+    def num_classes(self) -> int:
+        """Number of candidate classes n."""
+        return len(self.weight) // self.rows_per_class if self.rows is None else len(self.rows)
+
+    @property
+    def weight_rows(self) -> Tensor | None:
+        """The rows of `weight` the candidates stand for, [n * rows_per_class] int64, sorted; None for all of them."""
+        return None if self.rows is None else rows_of(self.rows, self.rows_per_class)
+
+
+def rows_of(classes: Tensor, rows_per_class: int) -> Tensor:
+    """The rows [n * rows_per_class] of local classes [n]: a class's rows lie next to each other."""
+    if rows_per_class == 1:
+        return classes
+    return (classes[:, None] * rows_per_class + torch.arange(rows_per_class, device=classes.device)).flatten()
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """The cosines of this shard's negatives in three numbers, scalars on the device; partial.
+
+    Attributes:
+        cosine_sum: over all pairs of a sample and one of its negatives here (a sub-centre class counts once).
+        num_pairs: number of those pairs.
+        cosine_max: the largest; minus infinity where there is none.
+    """
+
+    cosine_sum: Tensor
+    num_pairs: Tensor
+    cosine_max: Tensor
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """What the forward pass over one shard's negatives gives.
+
+    Attributes:
+        total: [m], sum over this shard's negatives of what each contributes, divided by e^{maximum} where there is
+            one; partial: sum over shards (after bringing the maxima together).
+        embedding_gradient: [m, dim], gradient of `total` in each embedding; partial: sum over shards.
+        row_pass: [m] derivatives of the loss in each `total` -> gradient of the rows; may be called once.
+        maximum: [m], this shard's largest exponent of each sample, for a term that uses it; minus infinity where there
+            is no negative.
+        bias_derivative: [m], derivative of `total` in the learned bias, for a term that has one; partial.
+        monitor: if it was asked for.
+    """
+
+    total: Tensor
+    embedding_gradient: Tensor
+    row_pass: Callable[[Tensor], RowGradient]
+    maximum: Tensor | None = None
+    bias_derivative: Tensor | None = None
+    monitor: Monitor | None = None

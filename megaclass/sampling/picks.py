@@ -1,0 +1,91 @@
+"""Numbers drawn from a range without a generator and without a number for every member of the range.
+
+`stratified`: the range is cut into as many strata as numbers are wanted, of sizes that differ by one at most, and one
+number is picked from each by a counter hash of (key, stratum). The strata are shifted round by a random offset every
+draw, so that each number is drawn with the same probability and any two can meet. The picks come sorted and distinct,
+at a cost of the number drawn, and without reading anything back from a GPU.
+
+`uniform`: every subset alike. The first so many places of a permutation that four Feistel rounds define (Luby, Rackoff,
+1988); numbers that fall outside the range go round again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megaclass.counter import hashed, hashed_on_host, mix
+
+_FEISTEL_ROUNDS = 4
+
+
+def number_drawn(rate: float, total: int) -> int:
+    """How many of `total` are drawn at `rate`: the nearest whole number, at least one."""
+    return min(max(1, round(rate * total)), total)
+
+
+def stratified(total: int, num_picks: int, start: int, stop: int, *, key: int, device: torch.device) -> Tensor:
+    """Those of `num_picks` stratified picks from [0, total) that lie in [start, stop), sorted, [n] int64.
+
+    Every number is picked with probability exactly num_picks / total, because the strata's offset is uniform. The picks
+    of neighbouring ranges fit together: any partition of [0, total) yields the same set.
+    """
+    if start >= stop or num_picks == 0:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    offset = mix(key) % total
+    # In the unshifted range [0, total) this range is one interval, or two where it wraps round. First the one that
+    # holds `start`, so that the picks come out sorted.
+    low = (start - offset) % total
+    high = low + stop - start
+    intervals = [(low, min(high, total), offset)]
+    if high > total:
+        intervals.append((0, high - total, offset))
+    parts = []
+    for low, high, shift in intervals:
+        first, last = _stratum_of(low, total, num_picks), _stratum_of(high - 1, total, num_picks)
+        # Only the strata at the two ends may have their pick outside; asking on the host keeps the shape known.
+        first += _pick(first, total, num_picks, key) < low
+        last -= _pick(last, total, num_picks, key) >= high
+        strata = torch.arange(first, last + 1, device=device)
+        begin = strata * total // num_picks
+        size = (strata + 1) * total // num_picks - begin
+        parts.append((begin + hashed(key, strata) % size + shift) % total)
+    return torch.cat(parts)
+
+
+def uniform(total: int, num_picks: int, start: int, stop: int, *, key: int, device: torch.device) -> Tensor:
+    """Those of `num_picks` numbers drawn without replacement from [0, total) that lie in [start, stop), sorted.
+
+    Every subset of that size is as likely as any other, up to the hash. Cost: O(num_picks) on every rank, a sort, and
+    reads from the device: `stratified` is the faster one.
+    """
+    if start >= stop or num_picks == 0:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    half_bits = max(1, ((total - 1).bit_length() + 1) // 2)
+    picks = _permuted(torch.arange(num_picks, device=device), half_bits, key)
+    outside = (picks >= total).nonzero()[:, 0]
+    while len(outside):
+        picks[outside] = _permuted(picks[outside], half_bits, key)
+        outside = outside[picks[outside] >= total]
+    return picks[(picks >= start) & (picks < stop)].sort().values
+
+
+def _permuted(x: Tensor, half_bits: int, key: int) -> Tensor:
+    """A permutation of [0, 2^(2 half_bits)), elementwise."""
+    mask = (1 << half_bits) - 1
+    left, right = x >> half_bits, x & mask
+    for number in range(_FEISTEL_ROUNDS):
+        left, right = right, left ^ (hashed(mix(key ^ number), right) & mask)
+    return (left << half_bits) | right
+
+
+def _stratum_of(number: int, total: int, num_picks: int) -> int:
+    """The stratum j whose range [j total // picks, (j + 1) total // picks) holds `number`."""
+    return ((number + 1) * num_picks - 1) // total
+
+
+def _pick(stratum: int, total: int, num_picks: int, key: int) -> int:
+    """The pick of one stratum before the shift: what `stratified` computes for many on the device."""
+    begin = stratum * total // num_picks
+    size = (stratum + 1) * total // num_picks - begin
+    return begin + hashed_on_host(key, stratum) % size

@@ -1,0 +1,207 @@
+"""The plots of a study as SVG pictures on white: one point per case, error bars of one standard error over the seeds.
+
+Separate because it alone knows matplotlib. Lines differ in colour, marker and stroke at once, in colours that people
+with any colour vision tell apart (Okabe and Ito, 2008, without yellow, which white swallows). Text stays text. The same
+numbers give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+from megaclass.study.cases import Case
+from megaclass.study.spec import Metric, Plot
+from megaclass.study.table import Cell, Table, title
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p")
+_STROKES = ("-", "--", "-.", ":")
+_INK, _GRID = "#24292f", "#d0d7de"
+
+_MOST_INSIDE = 4  # lines of a legend that finds room among the points
+_MOST_TICKS = 8
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "megaclass study",
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
+    "text.color": _INK,
+}
+# Where a text may stand beside its point, in points of type; the first that is free is taken.
+_PLACES = [(right, up) for up, right in product((5, -13, 14, -22), (6, -6, 0))]
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A case in the plane: place and standard errors; `x` None means that it has none, and holds for all."""
+
+    x: Any
+    y: float
+    x_error: float | None
+    y_error: float | None
+    text: str
+    is_whole: bool
+
+
+def draw(plot: Plot, table: Table, cases: Sequence[Case]) -> bytes:
+    """The picture as SVG.
+
+    A case without a value on the horizontal axis (an option that means nothing for it) is a horizontal line. A case
+    with fewer seeds than the study has is hollow, one without any is left out, and a line below the picture says so.
+    """
+    with mpl.rc_context(_STYLE):
+        buffer = io.BytesIO()
+        metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        _figure(plot, table, cases).savefig(buffer, format="svg", facecolor="white", metadata=metadata)
+    return buffer.getvalue()
+
+
+def _figure(plot: Plot, table: Table, cases: Sequence[Case]) -> Figure:
+    metrics = {metric.name: metric for metric in table.metrics}
+    lines = _lines(plot, table, cases)
+    is_outside = len(lines) > _MOST_INSIDE
+    figure = Figure(figsize=(8.6 if is_outside else 6.4, 4.2), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)  # knows how long a text is
+    axes = figure.add_subplot(facecolor="white")
+    if plot.log_x:
+        axes.set_xscale("log")
+    for index, (name, points) in enumerate(lines.items()):
+        _draw_line(axes, index, name, points)
+    placed = [point for points in lines.values() for point in points if point.x is not None]
+    _dress(axes, plot, metrics, placed)
+    if not (plot.points_labelled and plot.lines == "case"):  # the points say who they are
+        if len(lines) > 1 and is_outside:
+            figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
+        elif len(lines) > 1:
+            axes.legend(frameon=False, fontsize=8.5)
+    short = [name for name, row in table.cells.items() if len(row[plot.y].known) < table.num_seeds]
+    if short:
+        figure.supxlabel(
+            f"hollow or left out: fewer than {table.num_seeds} seeds in {len(short)} cases", fontsize=8, color=_INK
+        )
+    if plot.points_labelled:
+        _label(figure, axes, placed)
+    return figure
+
+
+def _lines(plot: Plot, table: Table, cases: Sequence[Case]) -> dict[str, list[_Point]]:
+    """The points of each line, from left to right; lines in the order of the study."""
+    metrics = {metric.name for metric in table.metrics}
+    lines: dict[str, list[_Point]] = {}
+    for case in cases:
+        row = table.cells[case.name]
+        x_cell, y_cell = row[plot.x] if plot.x in metrics else None, row[plot.y]
+        x = case.value(plot.x) if x_cell is None else x_cell.mean
+        if y_cell.mean is None or (x_cell is not None and x is None):
+            continue
+        value = None if plot.lines == "case" else case.value(plot.lines)
+        name = case.name if value is None else str(value)
+        is_whole = all(len(cell.known) == table.num_seeds for cell in (x_cell, y_cell) if cell is not None)
+        text = case.name if plot.lines == "case" else case.short
+        lines.setdefault(name, []).append(_Point(x, y_cell.mean, _error(x_cell), y_cell.error, text, is_whole))
+    values = [point.x for points in lines.values() for point in points if point.x is not None]
+    if all(_is_number(value) for value in values):
+        return {name: sorted(points, key=lambda point: (point.x is None, point.x)) for name, points in lines.items()}
+    return lines
+
+
+def _draw_line(axes: Any, index: int, name: str, points: Sequence[_Point]) -> None:
+    colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+    stroke = _STROKES[index // len(_COLOURS) % len(_STROKES)]
+    placed = [point for point in points if point.x is not None]
+    if placed:
+        axes.plot(
+            [_place(point.x) for point in placed], [point.y for point in placed], color=colour, linestyle=stroke,
+            linewidth=1.6, marker=marker, markersize=5.5, label=name, zorder=3,
+        )  # fmt: skip
+    for point in placed:
+        axes.errorbar(
+            [_place(point.x)], [point.y], xerr=point.x_error, yerr=point.y_error, color=colour, marker=marker,
+            markersize=5.5, markerfacecolor=colour if point.is_whole else "white", linewidth=0, elinewidth=1.1,
+            capsize=2.5, zorder=4,
+        )  # fmt: skip
+    for point in points:
+        if point.x is None:
+            axes.axhline(point.y, color=colour, linestyle="--", linewidth=1.4, label=None if placed else name, zorder=2)
+            if point.y_error is not None:
+                axes.axhspan(point.y - point.y_error, point.y + point.y_error, color=colour, alpha=0.12, linewidth=0)
+
+
+def _dress(axes: Any, plot: Plot, metrics: dict[str, Metric], points: Sequence[_Point]) -> None:
+    """Words, ticks and grid."""
+    axes.set_title(plot.title, fontsize=11, loc="left")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(color=_GRID, linewidth=0.7, alpha=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK, length=0)
+    axes.margins(0.08)
+    axes.set_xlabel(title(metrics[plot.x]) if plot.x in metrics else plot.x)
+    axes.set_ylabel(title(metrics[plot.y]))
+    as_percent = FuncFormatter(lambda share, _: f"{round(100 * share, 6):g} %")
+    if metrics[plot.y].is_percent:
+        axes.yaxis.set_major_formatter(as_percent)
+    if plot.x in metrics:
+        if metrics[plot.x].is_percent:
+            axes.xaxis.set_major_formatter(as_percent)
+        return
+    values = sorted({point.x for point in points if _is_number(point.x)})
+    if values and len(values) <= _MOST_TICKS and all(_is_number(point.x) for point in points):
+        # The values that were tried, and none between.
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _label(figure: Figure, axes: Any, points: Sequence[_Point]) -> None:
+    """Write beside every point what it is, at the first place where no other text or point stands."""
+    figure.draw_without_rendering()
+    taken = []
+    for point in points:
+        x, y = axes.transData.transform((axes.convert_xunits(_place(point.x)), point.y))
+        taken.append(mpl.transforms.Bbox.from_bounds(x - 4, y - 4, 8, 8))
+    inside = axes.get_window_extent()
+    for point in points:
+        best = None
+        for place in _PLACES:
+            side = "left" if place[0] > 0 else "right" if place[0] < 0 else "center"
+            made = axes.annotate(
+                point.text, (_place(point.x), point.y), xytext=place, textcoords="offset points", ha=side, fontsize=8,
+                color=_INK, zorder=5, annotation_clip=False,
+            )  # fmt: skip
+            box = made.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
+            free = box.count_overlaps(taken) + (0 if box.x0 >= inside.x0 and box.x1 <= inside.x1 else 1)
+            if best is None or free < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = (free, made, box)
+            else:
+                made.remove()
+            if best[0] == 0:
+                break
+        assert best is not None
+        taken.append(best[2])
+
+
+def _error(cell: Cell | None) -> float | None:
+    return None if cell is None else cell.error
+
+
+def _place(value: Any) -> Any:
+    """A number as it is; anything else as the name of a place of its own."""
+    return value if _is_number(value) else str(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
