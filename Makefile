@@ -9,7 +9,8 @@ RANKS ?= 2
 
 export DS_BUILD_OPS := 0
 
-.PHONY: help setup demo omniglot hanglyph test lint types wheel clean
+.PHONY: help setup demo omniglot hanglyph test test-full lint types wheel clean \
+	data-omniglot data-hanglyph data-hanglyph-all data-cjk study study-large study-head
 help:
 	@grep -E '^#   ' Makefile | sed 's/^#//'
 
@@ -35,19 +36,64 @@ demo: $(VENV)/package
 	launch/torchrun.sh --nproc-per-node $(RANKS) -m megaclass train configs/demo.yaml
 
 #   make omniglot  one-shot recognition of unseen alphabets (Omniglot, from MEGACLASS_DATA)
-omniglot: $(VENV)/package
-	test -f data/omniglot/dataset.json || $(BIN)/megaclass data images $(MEGACLASS_DATA)/omniglot/images_background.zip \
-		--out data/omniglot --class-depth 2 --source-pattern '_(\d+)\.png$$' --unseen-groups last:5 --image-size 48 --quarter-turns
+omniglot: data-omniglot
 	launch/torchrun.sh --nproc-per-node $(RANKS) -m megaclass train configs/omniglot.yaml
 
 #   make hanglyph  identification of unseen Han characters (from MEGACLASS_DATA)
-hanglyph: $(VENV)/package
-	test -f data/hanglyph/dataset.json || $(BIN)/megaclass data glyphs --strips $(MEGACLASS_DATA)/hanglyph/strips_dev.zip \
-		--sources $(MEGACLASS_DATA)/hanglyph/faces.json --out data/hanglyph --unseen-classes 1000
+hanglyph: data-hanglyph
 	launch/torchrun.sh --nproc-per-node $(RANKS) -m megaclass train configs/hanglyph.yaml
+
+data-omniglot: $(VENV)/package
+	test -f data/omniglot/dataset.json || $(BIN)/megaclass data images $(MEGACLASS_DATA)/omniglot/images_background.zip \
+		--out data/omniglot --class-depth 2 --source-pattern '_(\d+)\.png$$' --unseen-groups last:5 --image-size 48 --quarter-turns
+
+STRIPS = --strips $(MEGACLASS_DATA)/hanglyph/strips_dev.zip --sources $(MEGACLASS_DATA)/hanglyph/faces.json
+data-hanglyph: $(VENV)/package
+	test -f data/hanglyph/dataset.json || $(BIN)/megaclass data glyphs $(STRIPS) --out data/hanglyph --unseen-classes 1000
+
+data-hanglyph-all: $(VENV)/package
+	test -f data/hanglyph-all/dataset.json || $(BIN)/megaclass data glyphs $(STRIPS) --out data/hanglyph-all --unseen-classes 0
+
+#   make data-cjk  21,150 Han characters in twelve typefaces of Debian's, and 1,000 unseen ones (about 4 minutes)
+FONTS := /usr/share/fonts
+FACES = $(FONTS)/opentype/noto/NotoSansCJK-Regular.ttc\#2 $(FONTS)/opentype/noto/NotoSerifCJK-Regular.ttc\#2 \
+	$(FONTS)/truetype/lxgw-wenkai/LXGWWenKai-Regular.ttf $(FONTS)/truetype/droid/DroidSansFallbackFull.ttf \
+	$(FONTS)/truetype/hanazono/HanaMinA.ttf $(FONTS)/truetype/cns11643/TW-Kai-98_1.ttf \
+	$(FONTS)/truetype/cns11643/TW-Sung-98_1.ttf $(FONTS)/truetype/wqy/wqy-microhei.ttc\#0 \
+	$(FONTS)/truetype/wqy/wqy-zenhei.ttc\#0 $(FONTS)/truetype/arphic/ukai.ttc\#0 \
+	$(FONTS)/truetype/arphic/uming.ttc\#0 $(FONTS)/truetype/babelstone/BabelStoneHan.ttf
+data-cjk: $(VENV)/package
+	test -f data/cjk/dataset.json || test -f $(FONTS)/truetype/babelstone/BabelStoneHan.ttf || { echo "as root: apt-get install \
+	fonts-noto-cjk fonts-lxgw-wenkai fonts-droid-fallback fonts-hanazono fonts-cns11643-kai fonts-cns11643-sung \
+	fonts-wqy-microhei fonts-wqy-zenhei fonts-arphic-ukai fonts-arphic-uming fonts-babelstone-han"; exit 3; }
+	test -f data/cjk/dataset.json || $(BIN)/megaclass data glyphs --fonts $(FACES) --characters han \
+		--reserve hanglyph-v1:64 --min-faces 5 --min-images 4 --image-size 32 --unseen-classes 1000 --out data/cjk
+
+#   make study     every study of docs/study/ but the two below, on Han glyphs and Omniglot (about 4 hours on two cores)
+STUDY = $(BIN)/megaclass study configs/study/$(1).yaml --out runs/study/$(1)
+study: data-hanglyph data-hanglyph-all data-omniglot
+	$(call STUDY,tuning)
+	$(call STUDY,rates)
+	$(call STUDY,omniglot)
+	$(call STUDY,entanglement)
+	$(call STUDY,heating)
+	$(call STUDY,noise)
+	$(call STUDY,endpoint)
+
+#   make study-large   the rates again at 21,150 classes
+study-large: data-cjk
+	$(call STUDY,large)
+
+#   make study-head    what the class layer costs at one million classes
+study-head: $(VENV)/package
+	$(call STUDY,million) --jobs 1
 
 test: $(VENV)/everything
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+#   make test-full the whole grid of the oracle test: every loss x sampler x kernel x world size x odd size
+test-full: $(VENV)/everything
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m full
 
 #   make lint      formatter, linter, docstrings
 lint: $(VENV)/everything

@@ -181,7 +181,8 @@ def _term(classifier: ShardedClassifier, cosine: Tensor, own: Own, facts: Facts,
         assert classifier.state is not None
         positives = Positives(complete, adjusted, classifier.state)
         classifier.propose_state(loss.negative_map.next_state(positives))
-        positives = Positives(complete[chosen], adjusted[chosen], classifier.state)
+        # The running state is that of the whole batch, also where only a part of it has an inter term.
+        positives = Positives(complete, adjusted[chosen], classifier.state)
     transform = loss.negative_map.bind(positives, values.margin)
     if loss.negative_filter is not None:
         transform = filtered(transform, loss.negative_filter)
@@ -309,7 +310,7 @@ def _monitors(
     largest = summed[4:].max()
     if positive is not None:
         is_past = positive.detach()[chosen] >= ends
-        num_past, num_samples = is_past.sum(), len(is_past)
+        num_past, num_samples = is_past.sum().to(ends.dtype), len(is_past)
     is_finite = torch.isfinite(ends)
     end = torch.where(is_finite, ends, 0.0).sum() / is_finite.sum() / scale
     largest = torch.where(largest < -1.5, torch.nan, largest)

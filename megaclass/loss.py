@@ -16,7 +16,7 @@ from torch import Tensor
 from megaclass.objectives.margin import MARGINS, Margin
 from megaclass.objectives.negative_map import NEGATIVE_MAPS, NegativeMap
 from megaclass.objectives.objective import OBJECTIVES, Objective
-from megaclass.objectives.presets import Preset, check_exponents
+from megaclass.objectives.presets import Preset, check_exponents, check_negatives
 from megaclass.parallel.shard import ClassShard
 from megaclass.sampling import Sampler
 from megaclass.sampling import samplers as all_samplers
@@ -62,8 +62,10 @@ def build(
     """The loss of a resolved preset over so many classes.
 
     Raises:
-        ConfigError: exponents that float32 cannot hold, or embeddings without unit length for a margin in angles.
+        ConfigError: no negative in the whole matrix, exponents that float32 cannot hold, or embeddings without unit
+            length for a margin in angles.
     """
+    check_negatives(preset, num_classes)
     use_maximum = check_exponents(preset, num_classes, normalisation)
     return Loss(
         preset=preset,

@@ -29,26 +29,31 @@ class CheckpointRows:
     Args:
         path: the checkpoint folder.
         device: where the rows that are read go.
-        rows_per_class: rows of each class, next to each other.
+
+    Attributes:
+        step: that the checkpoint was made at.
+        num_classes: classes are in [0, num_classes).
+        rows_per_class: rows of each class, next to each other: its sub-centres.
 
     Raises:
-        CheckpointError: the checkpoint is missing or damaged, or has no rows for that many per class.
+        CheckpointError: the checkpoint is missing or damaged, or its class weights have another form.
 
     Cost: one pass over the files that hold class weights, for their hashes; memory for the rows of one range.
     """
 
-    def __init__(self, path: Path, device: torch.device, rows_per_class: int = 1) -> None:
+    def __init__(self, path: Path, device: torch.device) -> None:
         self._path, self._device = path, device
         self._manifest = read_manifest(path)
         self.step = self._manifest.step
         self.num_classes = self._manifest.num_classes
-        self.rows_per_class = rows_per_class
         entry = self._manifest.tensors.get(CLASS_WEIGHT)
-        if entry is None or len(entry.shape) != 2 or entry.shape[0] != self.num_classes * rows_per_class:
+        shape = [] if entry is None else entry.shape
+        if entry is None or len(shape) not in (2, 3) or shape[0] != self.num_classes or 0 in shape:
             raise CheckpointError(
-                f"checkpoint {path}: {CLASS_WEIGHT} has shape {entry and entry.shape}, expected {rows_per_class} rows "
-                f"for each of {self.num_classes} classes; choose another checkpoint of the run"
+                f"checkpoint {path}: {CLASS_WEIGHT} has shape {entry and shape}, expected [classes, dim] or [classes, "
+                "sub-centres, dim]; choose another checkpoint of the run"
             )
+        self.rows_per_class = shape[1] if len(shape) == 3 else 1
         self._entry = entry
         self._handles: dict[str, Any] = {}
         self._open = ExitStack()
@@ -59,14 +64,13 @@ class CheckpointRows:
         Raises:
             NumericError: a class weight is not finite.
         """
-        first, last = start * self.rows_per_class, stop * self.rows_per_class
-        found = [torch.empty(0, self._entry.shape[1], dtype=getattr(torch, self._entry.dtype))]
+        found = [torch.empty([0, *self._entry.shape[1:]], dtype=getattr(torch, self._entry.dtype))]
         for part in self._entry.parts:
-            low, high = max(part.start, first), min(part.stop, last)
+            low, high = max(part.start, start), min(part.stop, stop)
             if low < high:
-                stored = read_rows(self._handles[part.file], CLASS_WEIGHT, self._entry, part, low, high)
-                found.append(stored)
-        rows = nn.functional.normalize(torch.cat(found).to(self._device, torch.float32), dim=1)
+                found.append(read_rows(self._handles[part.file], CLASS_WEIGHT, self._entry, part, low, high))
+        rows = torch.cat(found).to(self._device, torch.float32).flatten(0, -2)
+        rows = nn.functional.normalize(rows, dim=1)
         if not bool(torch.isfinite(rows).all()):
             raise NumericError(f"checkpoint {self._path}: class weights among {start} to {stop} are not finite")
         return rows

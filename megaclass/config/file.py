@@ -69,10 +69,16 @@ def option_table() -> list[tuple[str, str, str]]:
                 walk(kind, f"{prefix}{name}.")
             else:
                 default = "none" if field.default is None else str(field.default)
-                rows.append((prefix + name, default, field.description or ""))
+                rows.append((prefix + name, default, (field.description or "") + _form(kind)))
 
     walk(Config, "")
     return rows
+
+
+def _form(kind: Any) -> str:
+    """What an option that is a section or nothing looks like: `: {shape: ..., points: ...}`; empty for any other."""
+    models = [choice for choice in get_args(kind) if isinstance(choice, type) and issubclass(choice, BaseModel)]
+    return "".join(f": {{{', '.join(f'{name}: ...' for name in model.model_fields)}}}" for model in models)
 
 
 def _apply(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -113,6 +119,8 @@ def _describe(item: Any) -> list[str]:
         return [f"unknown option {name}{_suggest(location)}"]
     if kind == "value_error" and not location:
         return str(item["ctx"]["error"]).split("\n")
+    if kind == "missing":
+        return [f"{name} is missing; give it"]
     if kind in ("model_type", "model_attributes_type"):
         return [f"{name}: must be a section with options of its own, not {value!r}"]
     allowed = item["msg"]
@@ -139,6 +147,8 @@ def _suggest(location: list[str]) -> str:
     near = difflib.get_close_matches(location[-1], siblings, 1)
     if near:
         return f"; did you mean {'.'.join([*location[:-1], near[0]])}?"
-    every = {row[0].rsplit(".", 1)[-1]: row[0] for row in option_table()}
+    every: dict[str, str] = {}
+    for option in sorted((row[0] for row in option_table()), key=lambda option: option.count(".")):
+        every.setdefault(option.rsplit(".", 1)[-1], option)
     near = difflib.get_close_matches(location[-1], list(every), 1)
     return f"; did you mean {every[near[0]]}?" if near else f"; allowed here are {', '.join(siblings)}"

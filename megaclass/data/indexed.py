@@ -12,7 +12,7 @@ from typing import Literal
 
 from megaclass.config import Augment
 from megaclass.data.bad_samples import SkipBudget
-from megaclass.data.label_noise import NoisyLabels
+from megaclass.data.label_noise import with_label_noise
 from megaclass.data.order import SampleOrder
 from megaclass.data.ordered import OrderedBatches
 from megaclass.data.reader import BatchReader, check_enough_samples
@@ -68,7 +68,7 @@ class IndexedReader(BatchReader):
         what = f"split {split!r} of {folder}"
         check_enough_samples(samples.num_samples, batch_size, world_size, accumulation_steps, what)
         batches = OrderedBatches(
-            samples=NoisyLabels(samples, samples.num_classes, label_noise, seed) if label_noise else samples,
+            samples=with_label_noise(samples, samples.num_classes, label_noise, seed),
             order=SampleOrder(samples.num_samples, seed, shuffle),
             batch_size=batch_size,
             rank=rank,

@@ -1,7 +1,7 @@
 """Wrong labels on purpose: a fixed share of the training samples get another class.
 
-Separate because it wraps any source of samples by id, and only training goes through it: an evaluation reads the
-samples themselves. For studies of how a loss stands up to mislabelled data.
+Separate because it wraps any source of samples by id, and only training and the report on it go through it: an
+evaluation reads the samples themselves. For studies of how a loss stands up to mislabelled data.
 """
 
 from __future__ import annotations
@@ -15,6 +15,14 @@ from megaclass.data.ordered import Samples
 from megaclass.errors import ConfigError
 
 _IS_WRONG, _WHICH = 0, 1
+
+
+def with_label_noise(samples: Samples, num_classes: int, share: float, seed: int) -> Samples:
+    """The samples that `dataset.label_noise` trains on: `samples` themselves without noise, else `NoisyLabels` of them.
+
+    One function, so that whatever looks at a run's samples after training sees the labels that training saw.
+    """
+    return NoisyLabels(samples, num_classes, share, seed) if share else samples
 
 
 class NoisyLabels:

@@ -19,7 +19,7 @@ from megaclass.data.bad_samples import BadSample
 from megaclass.data.batch import Batch
 from megaclass.data.decode import decode_image
 from megaclass.data.manifest import SplitInfo, load_index, load_manifest, load_split
-from megaclass.data.members import check_label, parse_sample
+from megaclass.data.members import SampleMembers, check_label, parse_sample
 from megaclass.data.order import first_classes
 from megaclass.data.transforms import normalise
 from megaclass.errors import ConfigError, DataError
@@ -37,6 +37,7 @@ class StoredSamples:
         num_classes: labels are in [0, num_classes).
         num_samples: ids are in [0, num_samples).
         class_counts: [num_classes] int64, samples of each class.
+        classes: [num_classes] int64, the label that the data set gives to each class.
 
     Raises:
         ConfigError: `num_classes` is more than the split has.
@@ -57,11 +58,13 @@ class StoredSamples:
             )
         self._records, self._shard_numbers = load_index(folder, split, info)
         self._num_stored_classes = info.num_classes
+        self.classes = np.arange(info.num_classes)
         # By stored label; -1 is a class that is left out.
-        self._new_labels = np.arange(info.num_classes)
+        self._new_labels = self.classes
         if num_classes is not None:
+            self.classes = first_classes(info.num_classes, num_classes)
             self._new_labels = np.full(info.num_classes, -1)
-            self._new_labels[first_classes(info.num_classes, num_classes)] = np.arange(num_classes)
+            self._new_labels[self.classes] = np.arange(num_classes)
             kept = self._new_labels[self._records["label"]] >= 0
             self._records, self._shard_numbers = self._records[kept], self._shard_numbers[kept]
         self.num_classes = num_classes or info.num_classes
@@ -89,12 +92,34 @@ class StoredSamples:
                 bad[place] = error
         return images, labels, bad
 
+    def locate(self, sample_id: int) -> tuple[str, str]:
+        """The key of a sample and the file name of the shard it lies in.
+
+        Raises:
+            DataError: the sample cannot be read.
+        """
+        try:
+            sample, _ = self._read_members(sample_id)
+        except BadSample as error:
+            raise error.as_data_error() from None
+        return sample.key, self._paths[int(self._shard_numbers[sample_id])].name
+
     def close(self) -> None:
         """Close the shards; the next read opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
 
     def _read_one(self, sample_id: int) -> tuple[NDArray[np.uint8], int]:
+        sample, where = self._read_members(sample_id)
+        try:
+            check_label(sample.label, int(self._records[sample_id]["label"]), self._num_stored_classes)
+            image = decode_image(sample.image, sample.extension, self._image_size, self._channels)
+        except BadSample as error:
+            raise error.located(where) from None
+        return image, int(self._new_labels[sample.label])
+
+    def _read_members(self, sample_id: int) -> tuple[SampleMembers, str]:
+        """The members of a sample, and where they lie, in words."""
         record, shard = self._records[sample_id], int(self._shard_numbers[sample_id])
         offset, length = int(record["offset"]), int(record["length"])
         where = f"shard {self._paths[shard]}, byte {offset}"
@@ -103,14 +128,11 @@ class StoredSamples:
             if len(block) < length:
                 raise BadSample("unreadable", f"only {len(block)} of {length} bytes are there")
             sample = parse_sample(block)
-            where += f", key {sample.key!r:.120}"
-            check_label(sample.label, int(record["label"]), self._num_stored_classes)
-            image = decode_image(sample.image, sample.extension, self._image_size, self._channels)
-            return image, int(self._new_labels[sample.label])
         except OSError as error:
             raise BadSample("unreadable", f"{where}: {error.strerror}") from None
         except BadSample as error:
             raise error.located(where) from None
+        return sample, f"{where}, key {sample.key!r:.120}"
 
     def _file(self, shard: int) -> int:
         if shard in self._files:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megaclass.config import Augment
 from megaclass.data.bad_samples import BadSample, SkipBudget
 from megaclass.data.counter import Stream, hash_counters
-from megaclass.data.label_noise import NoisyLabels
+from megaclass.data.label_noise import with_label_noise
 from megaclass.data.order import SampleOrder
 from megaclass.data.ordered import OrderedBatches
 from megaclass.data.reader import BatchReader, check_enough_samples
@@ -99,7 +99,7 @@ class SyntheticReader(BatchReader):
         samples = SyntheticSamples(num_classes, samples_per_class, noise, image_size, channels, seed)
         check_enough_samples(samples.num_samples, batch_size, world_size, accumulation_steps, "the synthetic data set")
         batches = OrderedBatches(
-            samples=NoisyLabels(samples, num_classes, label_noise, seed) if label_noise else samples,
+            samples=with_label_noise(samples, num_classes, label_noise, seed),
             order=SampleOrder(samples.num_samples, seed, shuffle),
             batch_size=batch_size,
             rank=rank,

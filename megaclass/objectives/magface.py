@@ -15,6 +15,7 @@ from torch import Tensor
 from megaclass.objectives.margin import MARGINS, Facts, Margin
 from megaclass.objectives.margins import AdditiveAngle
 from megaclass.objectives.presets import PRESETS, Preset
+from megaclass.objectives.registry import check_hyper
 
 
 @MARGINS.register("magface")
@@ -40,6 +41,10 @@ class MagFace(Margin):
     default: ClassVar[float | None] = 0.45
     largest: ClassVar[float] = math.pi / 2
     unit: ClassVar[str] = "radians"
+
+    def __post_init__(self) -> None:
+        """The margin is linear between two lengths, and a length stands in a denominator."""
+        check_hyper("smallest_norm", self.smallest_norm, 0.0, self.largest_norm)
 
     def __call__(self, cosine: Tensor, size: Tensor, facts: Facts) -> Tensor:
         """ArcFace with the margin of each sample's length."""

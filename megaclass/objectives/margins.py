@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megaclass.objectives.margin import MARGINS, Facts, Margin, angle_of, continued_cosine
+from megaclass.objectives.registry import check_hyper
 
 
 @MARGINS.register("none")
@@ -92,6 +93,10 @@ class CombinedMargin(Margin):
     default: ClassVar[float | None] = 0.3
     largest: ClassVar[float] = math.pi / 2
     unit: ClassVar[str] = "radians"
+
+    def __post_init__(self) -> None:
+        """The adjusted cosine must fall with the angle."""
+        check_hyper("angle_factor", self.angle_factor, 0.0, math.inf)
 
     def __call__(self, cosine: Tensor, size: Tensor, facts: Facts) -> Tensor:
         """The formula."""

@@ -127,9 +127,12 @@ def resolve(
             )
     moving = {key: course(f"classifier.schedule.{key}", *value) for key, value in (schedule or {}).items()}
     for key in moving:
-        if key in given or (key != "learning_rate" and key not in _applicable(chosen)):
-            why = "is given as a number too" if key in given else f"means nothing for preset {name!r}"
-            raise ConfigError(f"classifier.schedule.{key}: classifier.{key} {why}; leave one of them out")
+        if key not in _SCHEDULED:
+            raise ConfigError(unknown("classifier.schedule", key, list(_SCHEDULED)))
+        if key in given:
+            raise ConfigError(f"classifier.{key} and classifier.schedule.{key} are both given; leave one of them out")
+        if key != "learning_rate" and key not in _applicable(chosen):
+            raise ConfigError(f"classifier.schedule.{key} means nothing for preset {name!r}; leave it out")
     own = {key: course(f"classifier.schedule.{key}", **value) for key, value in chosen.schedule.items()}
     for key in own.keys() & given.keys():
         raise ConfigError(f"classifier.{key} moves with preset {name!r}; give classifier.schedule.{key} instead")
@@ -166,6 +169,31 @@ def check_exponents(preset: Preset, num_classes: int, normalisation: str = "l2")
             f"scale < {largest:.1f}; usual are 16 to 64"
         )
     return True
+
+
+def check_negatives(preset: Preset, num_classes: int) -> None:
+    """Refuse what leaves no negative in the whole matrix.
+
+    That is a single class, and a rate of the classes that comes to less than half of one: a draw always has at least
+    one, so a lower rate would silently be another than the one asked for. Partial-FC's rate is a quota that the batch's
+    own classes fill first; below half a class it would be the sampler `positives` under another name. A draw of one
+    class is legal: a sample whose own class it is has no negative in that draw, and its inter term is zero.
+
+    Raises:
+        ConfigError: with the rate and its range for this class count.
+    """
+    if num_classes < 2:
+        raise ConfigError(
+            f"the training data has {num_classes} class; at least 2 are needed, because the negatives of a sample are "
+            "the other classes"
+        )
+    lowest = min(preset.reached("sampling_rate"), default=1.0)
+    if preset.sampler != "batch" and lowest < 0.5 / num_classes:
+        raise ConfigError(
+            f"classifier.sampling_rate {lowest:g} is outside [0.5 / {num_classes}, 1] for {num_classes} classes: that "
+            f"is less than half a class, so no negative would be drawn; 1 / {num_classes} = {1 / num_classes:.3g} "
+            "draws one, classifier.sampler positives draws none"
+        )
 
 
 def _with_defaults(preset: Preset, given: Mapping[str, Any]) -> Preset:
@@ -207,6 +235,10 @@ def _check_hyper(preset: Preset) -> None:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             there = ", ".join(known) if known else "none"
             raise ConfigError(f"classifier.hyper.{key} is not a hyper-parameter of this loss{hint}; it has: {there}")
+    # Each part checks the ranges of its own.
+    OBJECTIVES.build(preset.objective, preset.hyper)
+    MARGINS.build(preset.margin_kind, preset.hyper)
+    NEGATIVE_MAPS.build(preset.negative_map, preset.hyper)
 
 
 def _check_ranges(preset: Preset) -> None:

@@ -30,6 +30,7 @@ from megaclass.kernels.terms import Transform
 from megaclass.objectives.margin import MARGINS, Facts, Margin
 from megaclass.objectives.negative_map import NEGATIVE_MAPS, NegativeMap, Positives
 from megaclass.objectives.presets import PRESETS, Preset
+from megaclass.objectives.registry import check_hyper
 
 
 @MARGINS.register("quadratic")
@@ -64,6 +65,10 @@ class QuadraticMap(NegativeMap):
     negative_goal: float = 0.0
     negative_weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Without a positive weight there is no zero to begin at."""
+        check_hyper("negative_weight", self.negative_weight, 0.0, math.inf)
+
     def bind(self, positives: Positives | None, margin: float) -> Transform | None:
         """The formula and its derivative."""
         goal, weight = self.negative_goal, self.negative_weight
@@ -78,7 +83,9 @@ class QuadraticMap(NegativeMap):
         return apply
 
     def largest(self, margin: float) -> float:
-        """At 1, unless the goal lies above it."""
+        """At 1, unless the goal lies above it: then 0."""
+        if self.negative_goal > 1.0:
+            return 0.0
         return max(0.0, self.negative_weight * (1.0 - self.negative_goal) ** 2 - margin * margin)
 
 

@@ -61,6 +61,16 @@ class Registry(Generic[_Part]):
         return [field.name for field in dataclasses.fields(self.find(name))]  # type: ignore[arg-type]
 
 
+def check_hyper(name: str, value: float, low: float, high: float) -> None:
+    """Refuse a hyper-parameter outside the open interval (low, high).
+
+    Raises:
+        ConfigError: with the range.
+    """
+    if not low < value < high:
+        raise ConfigError(f"classifier.hyper.{name} {value:g} is outside ({low:g}, {high:g})")
+
+
 def unknown(option: str, name: str, allowed: list[str]) -> str:
     """The message for a name that does not exist."""
     near = difflib.get_close_matches(name, allowed, 1)

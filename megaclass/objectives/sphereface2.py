@@ -24,6 +24,7 @@ from megaclass.kernels.terms import Function
 from megaclass.objectives.margin import MARGINS, Facts, Margin
 from megaclass.objectives.objective import OBJECTIVES, Objective, Values
 from megaclass.objectives.presets import PRESETS, Preset
+from megaclass.objectives.registry import check_hyper
 
 
 @MARGINS.register("sphereface2")
@@ -37,6 +38,10 @@ class SphereFace2Margin(Margin):
 
     exponent: float = 3.0
     default: ClassVar[float | None] = 0.4
+
+    def __post_init__(self) -> None:
+        """The function must rise."""
+        check_hyper("exponent", self.exponent, 0.0, math.inf)
 
     def __call__(self, cosine: Tensor, size: Tensor, facts: Facts) -> Tensor:
         """The formula."""
@@ -58,6 +63,11 @@ class SphereFace2(Objective):
     loss_weight: float = 50.0
     exponent: float = 3.0
     is_exponential: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Both terms must count, or no bias balances them."""
+        check_hyper("positive_share", self.positive_share, 0.0, 1.0)
+        check_hyper("exponent", self.exponent, 0.0, math.inf)
 
     def intra(self, positive: Tensor, values: Values, bias: Tensor | None) -> Tensor:
         """W (lambda / r) log(1 + e^{-(z_y + b)}), [batch]."""
@@ -94,9 +104,13 @@ class SphereFace2(Objective):
         own, other = values.scale * (at_zero - values.margin), values.scale * (at_zero + values.margin)
         num_negatives = max(1.0, values.sampling_rate * (num_classes - 1))
         share = self.positive_share / ((1.0 - self.positive_share) * num_negatives)
-        # With u = e^b: share (1 + u e^other) = u e^other (1 + u e^own); the positive root, without large exponentials.
-        root = 1.0 - share + math.sqrt((1.0 - share) ** 2 + 4.0 * share * math.exp(own - other))
-        return math.log(2.0 * share) - other - math.log(root)
+        # With u = e^b: share (1 + u e^other) = u e^other (1 + u e^own). Its positive root has two forms; taking the one
+        # that adds, no digits cancel, and no exponential is large.
+        gap = 1.0 - share
+        root = abs(gap) + math.sqrt(gap**2 + 4.0 * share * math.exp(own - other))
+        if gap > 0:
+            return math.log(2.0 * share) - other - math.log(root)
+        return math.log(root) - math.log(2.0) - own
 
 
 PRESETS["sphereface2"] = Preset("sphereface2", margin_kind="sphereface2", scale=40.0, margin=0.4)

@@ -31,11 +31,25 @@ _TABLE: dict[str, tuple[type[Any], str, tuple[str, ...], tuple[float, ...]]] = {
     "megaclass_samples_skipped_total": (Counter, "Unusable samples, replaced by others.", ("reason",), ()),
     "megaclass_loss": (Gauge, "Loss of the newest logged step.", ("term",), ()),
     "megaclass_positive_cosine_mean": (Gauge, "Mean cosine of samples to their own class.", (), ()),
+    "megaclass_negative_cosine_mean": (Gauge, "Mean cosine of samples to the negatives they met.", (), ()),
+    "megaclass_negative_cosine_max": (Gauge, "Largest cosine of a sample to a negative.", (), ()),
+    "megaclass_end_point_cosine": (Gauge, "Cosine after the margin at which the own pull is half.", (), ()),
+    "megaclass_past_end_point_ratio": (Gauge, "Share of samples past the end point, 0 to 1.", (), ()),
+    "megaclass_rows_touched": (Gauge, "Classes with a gradient in the newest logged step.", (), ()),
     "megaclass_learning_rate": (Gauge, "Learning rate of a parameter group.", ("group",), ()),
     "megaclass_gradient_norm": (Gauge, "Joint gradient norm before clipping.", (), ()),
     "megaclass_step": (Gauge, "Number of the newest logged step, over all attempts.", (), ()),
     "megaclass_world_size": (Gauge, "Ranks of the run.", (), ()),
     "megaclass_gpu_memory_peak_bytes": (Gauge, "Largest GPU memory this rank has held.", (), ()),
+}
+
+# name of a monitor -> its metric
+_MONITORS = {
+    "negative_cosine_mean": "megaclass_negative_cosine_mean",
+    "negative_cosine_max": "megaclass_negative_cosine_max",
+    "end_point": "megaclass_end_point_cosine",
+    "past_end_point": "megaclass_past_end_point_ratio",
+    "rows_touched": "megaclass_rows_touched",
 }
 
 
@@ -98,6 +112,8 @@ class Exporter:
         for term, value in (("total", snapshot.loss), ("intra", snapshot.intra), ("inter", snapshot.inter)):
             self._at("megaclass_loss", term=term).set(value)
         self._at("megaclass_positive_cosine_mean").set(snapshot.positive_cosine)
+        for monitor in snapshot.monitors.keys() & _MONITORS.keys():
+            self._at(_MONITORS[monitor]).set(snapshot.monitors[monitor])
         if snapshot.grad_norm is not None:
             self._at("megaclass_gradient_norm").set(snapshot.grad_norm)
         for group, rate in learning_rates.items():

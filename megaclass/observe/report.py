@@ -21,7 +21,18 @@ from megaclass.observe.progress import duration
 
 _CURVES: tuple[tuple[str, tuple[tuple[str, str], ...], bool], ...] = (
     ("Loss", (("loss", "total"), ("intra", "intra"), ("inter", "inter")), False),
-    ("Positive cosine", (("positive_cosine", "mean"),), False),
+    (
+        "Cosines",
+        (
+            ("positive_cosine", "positive, mean"),
+            ("negative_cosine_mean", "negative, mean"),
+            ("negative_cosine_max", "negative, largest"),
+            ("end_point", "end point after the margin"),
+        ),
+        False,
+    ),
+    ("Samples past the end point", (("past_end_point", "share"),), True),
+    ("Rows touched per step", (("rows_touched", "classes"),), False),
     ("Learning rate", (("lr", "backbone"), ("class_lr", "classes")), False),
     ("Samples per second", (("samples_per_second", "samples/s"),), False),
     ("Waiting for data", (("data_wait_share", "share of the time"),), True),
@@ -175,6 +186,8 @@ def _curves(lines: Sequence[dict[str, Any]]) -> str:
     for title, fields, percent in _CURVES:
         series = {label: points for key, label in fields if len(points := _points(lines, key)) > 1}
         if series:
+            if len(series) == 1 < len(fields):
+                title = f"{title}: {next(iter(series))}"  # there is no legend for one curve
             figures.append(page.figure(title, list(series), line_chart(title, series, percent=percent, marks=marks)))
     note = page.paragraph("Dotted lines: the run was started again.") if marks and figures else ""
     return f'<div class="grid">{"".join(figures)}</div>{note}' if figures else ""

@@ -76,7 +76,7 @@ def _file_and_number(font: Path) -> tuple[Path, int | None]:
     stem, mark, number = font.name.rpartition("#")
     if not mark or font.exists():
         return font, None
-    if not number.isdecimal():
+    if not stem or not number.isdecimal():
         raise DataError(f"font {font} names no face of a collection; give its number after the #, as FILE.ttc#2")
     return font.with_name(stem), int(number)
 

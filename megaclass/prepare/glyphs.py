@@ -87,7 +87,8 @@ def make_glyphs(
         DataError: a font cannot be used, or nothing is left.
 
     Cost: image_size² bytes per face and character in memory; about ten seconds for the default on one core.
-        Look-alikes take time with the square of the characters: CJK_COST.
+        Look-alikes take time with the square of the characters: half a minute in all for
+        20,902 Han characters in three faces.
     """
     if not 8 <= image_size <= 256:
         raise ConfigError(f"image-size is {image_size}; allowed for glyphs is 8 to 256 pixels")

@@ -71,6 +71,7 @@ class PartialFC:
 
     The quota is the sampling rate's share of the classes; where the batch's own classes alone are more, they exceed it.
     Random ones are drawn from all classes, so a few may coincide with the batch's and the quota is missed by those.
+    Where no random one is drawn there is nothing that a correction could apply to.
 
     Attributes:
         seed, is_corrected, picks: as in `ClassSample`.
@@ -178,4 +179,4 @@ def _joined(rows: Tensor, always: Tensor, log_weight: float) -> Draw:
     union = torch.unique(torch.cat([rows, always]))
     if not log_weight:
         return Draw(union)
-    return Draw(union, None, torch.where(torch.isin(union, always), 0.0, log_weight).double())
+    return Draw(union, None, log_weight * torch.isin(union, always, invert=True).double())

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -23,6 +23,8 @@ from megaclass.study.spec import CaseSpec, Study
 
 RUNS = "runs"
 """Folder of the run directories in the output folder."""
+
+_MOST_BYTES = 200  # of the name of a folder; file systems take 255
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ def expand(study: Study, out: Path) -> list[Case]:
         for values in itertools.product(*spec.vary.values()):
             varied = dict(zip(spec.vary, values, strict=True))
             name = " ".join([spec.name, *_named(varied)])
+            if (size := len(slug(name).encode())) > _MOST_BYTES:
+                fault = f"its folder would have a name of {size} bytes, {_MOST_BYTES} are allowed"
+                _note(faults, name, f"{fault}; give it a shorter name")
             settings = {**study.settings, **spec.settings, **varied}
             runs = []
             for seed in study.seeds:
@@ -119,7 +124,9 @@ def check(runs: Sequence[Run]) -> None:
 
     faults: dict[str, list[str]] = {}
     kinds = set()
-    first = {run.case: run for run in reversed(runs)}
+    first: dict[str, Run] = {}
+    for run in runs:
+        first.setdefault(run.case, run)
     for name, run in first.items():
         try:
             describe(run.config)
@@ -171,8 +178,22 @@ def slug(name: str) -> str:
 
 def _resolve(base: Path, settings: Mapping[str, Any]) -> Config:
     """The configuration as the command line would make it of the same options."""
-    overrides = [f"--{name}={yaml.safe_dump(value, default_flow_style=True)}" for name, value in settings.items()]
+    overrides = []
+    for name, value in settings.items():
+        given = _default(name) if value is None else value
+        overrides.append(f"--{name}={yaml.safe_dump(given, default_flow_style=True)}")
     return config.load(base, overrides)
+
+
+def _default(name: str) -> Any:
+    """What null means for an option: its default; none where it may be none, as that cannot be said otherwise."""
+    model: Any = Config
+    *sections, last = name.split(".")
+    for section in sections:
+        model = model.model_fields[section].annotation
+    field = model.model_fields[last]
+    may_be_none = field.annotation is None or type(None) in get_args(field.annotation)
+    return None if may_be_none or field.is_required() else field.get_default(call_default_factory=True)
 
 
 def _unmeasured(study: Study, runs: Sequence[Run]) -> list[str]:

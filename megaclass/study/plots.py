@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 from typing import Any
 
 import matplotlib as mpl
@@ -74,22 +74,27 @@ def _figure(plot: Plot, table: Table, cases: Sequence[Case]) -> Figure:
     figure = Figure(figsize=(8.6 if is_outside else 6.4, 4.2), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)  # knows how long a text is
     axes = figure.add_subplot(facecolor="white")
-    if plot.log_x:
+    placed = [point for points in lines.values() for point in points if point.x is not None]
+    is_log = plot.log_x and bool(placed) and all(_is_number(point.x) and point.x > 0 for point in placed)
+    if is_log:
         axes.set_xscale("log")
     for index, (name, points) in enumerate(lines.items()):
-        _draw_line(axes, index, name, points)
-    placed = [point for points in lines.values() for point in points if point.x is not None]
+        _draw_line(axes, index, _plain(name), points)
     _dress(axes, plot, metrics, placed)
     if not (plot.points_labelled and plot.lines == "case"):  # the points say who they are
         if len(lines) > 1 and is_outside:
             figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
         elif len(lines) > 1:
-            axes.legend(frameon=False, fontsize=8.5)
-    short = [name for name, row in table.cells.items() if len(row[plot.y].known) < table.num_seeds]
-    if short:
-        figure.supxlabel(
-            f"hollow or left out: fewer than {table.num_seeds} seeds in {len(short)} cases", fontsize=8, color=_INK
-        )
+            axes.legend(frameon=True, edgecolor="none", facecolor="white", framealpha=0.85, fontsize=8.5)
+    notes = []
+    if short := [name for name, row in table.cells.items() if len(row[plot.y].known) < table.num_seeds]:
+        where = "1 case" if len(short) == 1 else f"{len(short)} cases"
+        notes.append(f"hollow or left out: fewer than {table.num_seeds} seeds in {where}")
+    if plot.log_x and placed and not is_log:
+        notes.append("not logarithmic, as not every value is a number above 0")
+    if notes:
+        figure.supxlabel("\n".join(notes), fontsize=8, color=_INK)
+    _part_ticks(figure, axes)
     if plot.points_labelled:
         _label(figure, axes, placed)
     return figure
@@ -113,7 +118,8 @@ def _lines(plot: Plot, table: Table, cases: Sequence[Case]) -> dict[str, list[_P
     values = [point.x for points in lines.values() for point in points if point.x is not None]
     if all(_is_number(value) for value in values):
         return {name: sorted(points, key=lambda point: (point.x is None, point.x)) for name, points in lines.items()}
-    return lines
+    # One name among numbers makes names of them all: places side by side, in the order of the study.
+    return {name: [replace(point, x=_place(point.x)) for point in points] for name, points in lines.items()}
 
 
 def _draw_line(axes: Any, index: int, name: str, points: Sequence[_Point]) -> None:
@@ -122,36 +128,42 @@ def _draw_line(axes: Any, index: int, name: str, points: Sequence[_Point]) -> No
     placed = [point for point in points if point.x is not None]
     if placed:
         axes.plot(
-            [_place(point.x) for point in placed], [point.y for point in placed], color=colour, linestyle=stroke,
+            [point.x for point in placed], [point.y for point in placed], color=colour, linestyle=stroke,
             linewidth=1.6, marker=marker, markersize=5.5, label=name, zorder=3,
         )  # fmt: skip
     for point in placed:
         axes.errorbar(
-            [_place(point.x)], [point.y], xerr=point.x_error, yerr=point.y_error, color=colour, marker=marker,
+            [point.x], [point.y], xerr=point.x_error, yerr=point.y_error, color=colour, marker=marker,
             markersize=5.5, markerfacecolor=colour if point.is_whole else "white", linewidth=0, elinewidth=1.1,
             capsize=2.5, zorder=4,
         )  # fmt: skip
+    is_named = bool(placed)
     for point in points:
         if point.x is None:
-            axes.axhline(point.y, color=colour, linestyle="--", linewidth=1.4, label=None if placed else name, zorder=2)
+            label = None if is_named else name
+            axes.axhline(point.y, color=colour, linestyle="--", linewidth=1.4, label=label, zorder=2)
+            is_named = True
             if point.y_error is not None:
                 axes.axhspan(point.y - point.y_error, point.y + point.y_error, color=colour, alpha=0.12, linewidth=0)
 
 
 def _dress(axes: Any, plot: Plot, metrics: dict[str, Metric], points: Sequence[_Point]) -> None:
     """Words, ticks and grid."""
-    axes.set_title(plot.title, fontsize=11, loc="left")
+    axes.set_title(_plain(plot.title), fontsize=11, loc="left")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(color=_GRID, linewidth=0.7, alpha=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(colors=_INK, length=0)
     axes.margins(0.08)
-    axes.set_xlabel(title(metrics[plot.x]) if plot.x in metrics else plot.x)
-    axes.set_ylabel(title(metrics[plot.y]))
+    axes.set_xlabel(_plain(title(metrics[plot.x]) if plot.x in metrics else plot.x))
+    axes.set_ylabel(_plain(title(metrics[plot.y])))
     as_percent = FuncFormatter(lambda share, _: f"{round(100 * share, 6):g} %")
     if metrics[plot.y].is_percent:
         axes.yaxis.set_major_formatter(as_percent)
+    if not points:
+        axes.set_xticks([])  # lines across have no place
+        return
     if plot.x in metrics:
         if metrics[plot.x].is_percent:
             axes.xaxis.set_major_formatter(as_percent)
@@ -159,9 +171,20 @@ def _dress(axes: Any, plot: Plot, metrics: dict[str, Metric], points: Sequence[_
     values = sorted({point.x for point in points if _is_number(point.x)})
     if values and len(values) <= _MOST_TICKS and all(_is_number(point.x) for point in points):
         # The values that were tried, and none between.
-        axes.set_xticks(values, [f"{value:g}" for value in values])
+        short = [f"{value:.3g}" for value in values]
+        axes.set_xticks(values, short if len(set(short)) == len(short) else [f"{value:g}" for value in values])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _part_ticks(figure: Figure, axes: Any) -> None:
+    """Slant the names below the horizontal axis where they would run into each other."""
+    figure.draw_without_rendering()
+    labels = [label for label in axes.get_xticklabels() if label.get_text()]
+    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+    if any(right.x0 < left.x1 + 2 for left, right in pairwise(boxes)):
+        for label in labels:
+            label.set(rotation=30, horizontalalignment="right", rotation_mode="anchor")
 
 
 def _label(figure: Figure, axes: Any, points: Sequence[_Point]) -> None:
@@ -169,7 +192,7 @@ def _label(figure: Figure, axes: Any, points: Sequence[_Point]) -> None:
     figure.draw_without_rendering()
     taken = []
     for point in points:
-        x, y = axes.transData.transform((axes.convert_xunits(_place(point.x)), point.y))
+        x, y = axes.transData.transform((axes.convert_xunits(point.x), point.y))
         taken.append(mpl.transforms.Bbox.from_bounds(x - 4, y - 4, 8, 8))
     inside = axes.get_window_extent()
     for point in points:
@@ -177,11 +200,11 @@ def _label(figure: Figure, axes: Any, points: Sequence[_Point]) -> None:
         for place in _PLACES:
             side = "left" if place[0] > 0 else "right" if place[0] < 0 else "center"
             made = axes.annotate(
-                point.text, (_place(point.x), point.y), xytext=place, textcoords="offset points", ha=side, fontsize=8,
+                _plain(point.text), (point.x, point.y), xytext=place, textcoords="offset points", ha=side, fontsize=8,
                 color=_INK, zorder=5, annotation_clip=False,
             )  # fmt: skip
             box = made.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
-            free = box.count_overlaps(taken) + (0 if box.x0 >= inside.x0 and box.x1 <= inside.x1 else 1)
+            free = box.count_overlaps(taken) + (0 if box.x0 >= inside.x0 and box.x1 <= inside.x1 else 3)
             if best is None or free < best[0]:
                 if best is not None:
                     best[1].remove()
@@ -198,9 +221,14 @@ def _error(cell: Cell | None) -> float | None:
     return None if cell is None else cell.error
 
 
-def _place(value: Any) -> Any:
-    """A number as it is; anything else as the name of a place of its own."""
-    return value if _is_number(value) else str(value)
+def _place(value: Any) -> str | None:
+    """The name of a place on the horizontal axis; None for a case that has none."""
+    return None if value is None else _plain(f"{value:g}" if _is_number(value) else str(value))
+
+
+def _plain(text: str) -> str:
+    """A text that matplotlib shows as it is: a dollar sign would begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def _is_number(value: object) -> bool:

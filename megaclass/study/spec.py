@@ -193,6 +193,9 @@ def _describe(item: Any) -> list[str]:
     where = re.sub(r"\.\[", "[", ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in location))
     prefix = f"{where}: " if where else ""
     kind, value = item["type"], item.get("input")
+    if kind == "too_short":
+        # pydantic also calls a list too short whose items are all wrong, each of which has its own line.
+        return [] if value else [f"{where} is empty; give at least one"]
     if kind == "extra_forbidden":
         known = _fields_at(location[:-1])
         return [f"unknown key {where}{_nearest(str(location[-1]), known) or '; allowed are ' + ', '.join(known)}"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 import megaclass
 from megaclass.errors import ConfigError
 from megaclass.observe.journal import read_lines, read_metrics
-from megaclass.observe.values import flatten, number, read_json
+from megaclass.observe.values import dig, flatten, number, read_json
 from megaclass.study.cases import Case, Run, is_done
 from megaclass.study.spec import LOG, Metric, Study
 from megaclass.train.outcome import OUTCOME
@@ -125,7 +126,8 @@ def measure(run: Run, metrics: Sequence[Metric]) -> tuple[dict[str, float | None
     A logged number is the mean over the last tenth (at least one) of the lines of metrics.jsonl that stand; None if one
     of them is not finite.
     """
-    evaluation = flatten(read_json(run.folder / "summary.json").get("evaluation", {}).get("trained", {}))
+    # Nothing is there where the data set has no split to judge on.
+    evaluation = flatten(dig(read_json(run.folder / "summary.json"), "evaluation.trained"))
     lines = read_metrics(run.folder)
     lines = lines[-math.ceil(len(lines) / _SHARE_OF_STEPS) :] if lines else []
     found: dict[str, float | None] = {}
@@ -175,16 +177,18 @@ def as_markdown(table: Table, name: str, facts: Mapping[str, Any]) -> str:
     """The content of table.md."""
     best = {metric.name: table.best(metric) for metric in table.metrics}
     lines = [
-        f"# {name}",
+        f"# {_plain(name)}",
         "",
-        _row(["case", *(title(metric) for metric in table.metrics)]),
+        _row(["case", *(_plain(title(metric)) for metric in table.metrics)]),
         _row(["---", *("---:" for _ in table.metrics)]),
     ]
     for case, cells in table.cells.items():
         shown = [cell_text(cells[metric.name], metric) for metric in table.metrics]
         bold = [case in best[metric.name] for metric in table.metrics]
         lines.append(
-            _row([case, *(f"**{text}**" if is_bold else text for text, is_bold in zip(shown, bold, strict=True))])
+            _row(
+                [_plain(case), *(f"**{text}**" if is_bold else text for text, is_bold in zip(shown, bold, strict=True))]
+            )
         )
     lines += ["", f"Mean ± standard deviation over seeds (number of seeds; {table.num_seeds} are wanted)."]
     if any(best.values()):
@@ -196,7 +200,7 @@ def as_markdown(table: Table, name: str, facts: Mapping[str, Any]) -> str:
     lines += ["", f"{devices}; {facts['cpu']}; torch {facts['torch']}{commit}; {facts['date'][:10]}."]
     if table.missing:
         lines += ["", f"**{len(table.missing)} runs are missing:**", ""]
-        lines += [f"- {case}, seed {seed}: {reason}" for case, seed, reason in table.missing]
+        lines += [f"- {_plain(case)}, seed {seed}: {_plain(reason)}" for case, seed, reason in table.missing]
     return "\n".join(lines) + "\n"
 
 
@@ -228,7 +232,12 @@ def _recorded(run: Run) -> str:
 
 
 def _row(texts: Iterable[str]) -> str:
-    return "| " + " | ".join(text.replace("|", r"\|") for text in texts) + " |"
+    return "| " + " | ".join(texts) + " |"
+
+
+def _plain(text: str) -> str:
+    """A text of the user's or of an error as one line of Markdown that shows it as it is."""
+    return re.sub(r"([\\`*<|\[])", r"\\\1", " ".join(text.split()))
 
 
 def _is_number(value: object) -> bool:

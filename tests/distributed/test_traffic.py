@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megaclass.parallel import collectives
 from megaclass.parallel.process import World
 from megaclass.parallel.shard import ClassShard
-from tests.support.cases import DIM, Case
+from tests.support.cases import DIM, SAMPLINGS, Case
 from tests.support.spawn import spawn
 
 WORLD_SIZE = 2
@@ -21,18 +21,18 @@ BATCH = 5
 GLOBAL = WORLD_SIZE * BATCH
 
 
-def _record(world: World, preset: str) -> list[tuple[str, int]]:
+def _record(world: World, case: Case) -> list[tuple[str, int]]:
     """Names and sizes (elements of the local tensor that is sent) of all collectives of one forward and backward."""
     sent: list[tuple[str, int]] = []
 
     def watch(name: str, original: Any, argument: int) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            sent.append((name, args[argument].numel()))
+            is_maximum = kwargs.get("op") == dist.ReduceOp.MAX
+            sent.append((f"{name} of maxima" if is_maximum else name, args[argument].numel()))
             return original(*args, **kwargs)
 
         return call
 
-    case = Case(preset, 13, BATCH, "any")
     classifier = case.build(ClassShard(13, world.rank, world.size), world.group, grad_divisor=world.size)
     embeddings, labels, _ = case.inputs(world.size)
     mine = slice(world.rank * BATCH, (world.rank + 1) * BATCH)
@@ -45,28 +45,73 @@ def _record(world: World, preset: str) -> list[tuple[str, int]]:
             *((dist, other, other, 0) for other in ("all_gather", "broadcast", "reduce", "all_to_all_single")),
         ):
             stack.enter_context(mock.patch.object(where, function, watch(name, getattr(where, function), argument)))
-        classifier(raw, labels[mine], draw_id=0).loss.backward()
+        classifier(raw, labels[mine], draw_id=0, monitor=case.monitor).loss.backward()
     return sent
+
+
+def _case(preset: str, **options: Any) -> Case:
+    return Case(preset, 13, BATCH, "any", **options)
+
+
+DISSECTED, ENTANGLED, PART = GLOBAL + 2, 2 * GLOBAL + 2, 3  # 0.3 of ten samples have an inter term
+BALANCED = {"balance": (0.5, 0.25)}
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("preset", "reduced"),
+    ("case", "reduced"),
     [
-        ("d-softmax", GLOBAL + 2),
-        ("d-softmax-k", GLOBAL + 2),
-        ("d-softmax-b", 3 + 2),  # 0.3 of ten samples have an inter term
-        ("softmax", 2 * GLOBAL + 2),
-        ("partial-fc", 2 * GLOBAL + 2),
+        (_case("d-softmax"), [DISSECTED]),
+        (_case("d-softmax-b"), [PART + 2]),
+        (_case("softmax"), [ENTANGLED]),
+        (_case("partial-fc"), [ENTANGLED]),
+        (_case("so-softmax"), [ENTANGLED]),
+        (_case("sface"), [DISSECTED]),
+        *((_case("d-softmax", sampling=sampling), [DISSECTED]) for sampling in SAMPLINGS if sampling != "batch"),
+        (_case("d-softmax", monitor=True), [DISSECTED + WORLD_SIZE + 4]),
+        (_case("softmax", monitor=True), [ENTANGLED + WORLD_SIZE + 4]),
+        (_case("d-softmax", **BALANCED), [DISSECTED + GLOBAL]),
+        (_case("softmax", **BALANCED), [ENTANGLED + GLOBAL]),
+        (_case("softmax", rows_per_class=3, negative_filter=0.3), [ENTANGLED]),
+        (_case("curricularface"), [2 * GLOBAL, ENTANGLED]),
+        (_case("circle", scale=None), [("all-reduce of maxima", GLOBAL), ENTANGLED]),
+        (_case("d-softmax-b", normalisation="batch-norm"), [("all-reduce of maxima", PART), PART + 2]),
     ],
 )
-def test_one_all_gather_pair_one_all_reduce_one_reduce_scatter(preset: str, reduced: int) -> None:
-    for sent in spawn(_record, WORLD_SIZE, preset):
+def test_two_all_gathers_few_all_reduces_one_reduce_scatter(case: Case, reduced: list[Any]) -> None:
+    wanted = [("all-reduce", one) if isinstance(one, int) else one for one in reduced]
+    for sent in spawn(_record, WORLD_SIZE, case):
         assert sent == [
             ("all-gather", BATCH * DIM),
             ("all-gather", BATCH),
-            ("all-reduce", reduced),
+            *wanted,
             ("reduce-scatter", GLOBAL * DIM),
+        ]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("preset", ["sphereface2", "uniface"])
+def test_a_learned_bias_takes_one_number_more(preset: str) -> None:
+    for sent in spawn(_record, WORLD_SIZE, _case(preset)):
+        assert sent == [
+            ("all-gather", BATCH * DIM),
+            ("all-gather", BATCH),
+            ("all-reduce", DISSECTED),
+            # Sent first, because it is the longest on its way.
+            ("reduce-scatter", GLOBAL * DIM),
+            ("all-reduce", 1),
+        ]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("preset", ["adaface", "magface"])
+def test_lengths_of_embeddings_travel_as_one_column_more(preset: str) -> None:
+    for sent in spawn(_record, WORLD_SIZE, _case(preset)):
+        assert sent == [
+            ("all-gather", BATCH * (DIM + 1)),
+            ("all-gather", BATCH),
+            ("all-reduce", ENTANGLED),
+            ("reduce-scatter", GLOBAL * (DIM + 1)),
         ]
 
 

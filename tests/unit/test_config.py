@@ -73,8 +73,68 @@ def test_overrides_in_both_spellings(tmp_path: Path) -> None:
     assert made.dataset.augment.flip == 0.5
 
 
+COURSE = "{shape: step, points: [[0, 16], [0.75, 4]]}"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("--classifier.schedule.scale", COURSE),
+        (f"--classifier.schedule.scale={COURSE}",),
+        ("--classifier.schedule.scale.shape", "step", "--classifier.schedule.scale.points", "[[0, 16], [0.75, 4]]"),
+        ("--classifier.schedule", f"{{scale: {COURSE}}}"),
+    ],
+)
+def test_a_course_on_the_command_line(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    course = load(tmp_path, GOOD, *overrides).classifier.schedule.scale
+    assert course is not None
+    assert (course.shape, course.points) == ("step", ((0.0, 16.0), (0.75, 4.0)))
+
+
+def test_the_command_line_changes_what_the_file_says_of_courses_and_hyper_parameters(tmp_path: Path) -> None:
+    text = f"{GOOD}classifier: {{hyper: {{exponent: 3}}, schedule: {{scale: {COURSE}, margin: {COURSE}}}}}\n"
+    made = load(
+        tmp_path, text, "--classifier.hyper.positive-share", "0.5", "--classifier.schedule.scale.shape", "linear",
+        "--classifier.schedule.margin", "null",
+    )  # fmt: skip
+    assert made.classifier.hyper == {"exponent": 3.0, "positive_share": 0.5}
+    assert load(tmp_path, text, "--classifier.hyper.exponent", "2").classifier.hyper == {"exponent": 2.0}
+    schedule = made.classifier.schedule
+    assert schedule.scale == config.Course(shape="linear", points=((0.0, 16.0), (0.75, 4.0)))
+    assert schedule.margin is None
+
+
+def test_mistakes_in_courses_and_hyper_parameters(tmp_path: Path) -> None:
+    lines = faults(
+        tmp_path, GOOD, "--classifier.schedule.scale", "{shape: stp}", "--classifier.schedule.margin", "0.5",
+        "--classifier.schedule.end-point", "{points: [[0, 1, 2]], shap: linear}", "--classifier.schedule.sampling",
+        "{}", "--classifier.hyper.exponent", "much",
+    )  # fmt: skip
+    assert lines == [
+        "classifier.hyper.exponent: 'much' is not allowed: must be a number (Input should be a valid number, unable to "
+        "parse string as a number)",
+        "classifier.schedule.scale.shape: 'stp' is not allowed: allowed are 'step', 'linear' or 'cosine'; did you mean "
+        "'step'?",
+        "classifier.schedule.scale.points is missing; give it",
+        "classifier.schedule.margin: must be a section with options of its own, not 0.5",
+        "classifier.schedule.end_point.points.0: [0, 1, 2] is not allowed: Tuple should have at most 2 items after "
+        "validation, not 3",
+        "unknown option classifier.schedule.end_point.shap; did you mean classifier.schedule.end_point.shape?",
+        "unknown option classifier.schedule.sampling; did you mean classifier.schedule.sampling_rate?",
+    ]
+
+
+def test_the_table_says_what_a_course_looks_like() -> None:
+    (row,) = [row for row in config.option_table() if row[0] == "classifier.schedule.scale"]
+    assert row == ("classifier.schedule.scale", "none", "course of classifier.scale: {shape: ..., points: ...}")
+
+
 def test_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
-    made = load(tmp_path, GOOD, "--classifier.preset", "d-softmax-k", "--optim.milestones", "[0.3, 0.6]")
+    made = load(
+        tmp_path, GOOD, "--classifier.preset", "d-softmax-k", "--optim.milestones", "[0.3, 0.6]",
+        "--classifier.schedule.scale", COURSE, "--classifier.hyper.exponent", "2.5",
+    )  # fmt: skip
+    assert made.classifier.schedule.scale is not None
     assert load(tmp_path, made.to_yaml()) == made
 
 

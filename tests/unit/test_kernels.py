@@ -2,79 +2,249 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from megaclass.kernels import chunked, negatives
+from megaclass.kernels.interface import Candidates, Negatives
 from megaclass.kernels.row_gradient import RowGradient, merge
+from megaclass.kernels.terms import Exponential, Summed, Term
+from megaclass.objectives.negative_map import NEGATIVE_MAPS, filtered, filtered_function
+from megaclass.objectives.objective import OBJECTIVES, Values
 from tests.support.largest import Largest
 
+QUADRATIC = NEGATIVE_MAPS.build("quadratic").bind(None, 0.25)
+CIRCLE = NEGATIVE_MAPS.build("circle").bind(None, 0.25)
+BIAS = torch.tensor(0.75, dtype=torch.float64)
 
-def make(m: int, classes: int, dim: int, drawn: int | None, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(m * 1000 + classes)
-    embeddings = torch.nn.functional.normalize(torch.randn(m, dim, generator=generator, dtype=dtype), dim=1)
-    weight = torch.randn(classes, dim, generator=generator, dtype=dtype)
-    rows = None if drawn is None else torch.randperm(classes, generator=generator)[:drawn].sort().values
-    labels = torch.randint(-1, classes, (m,), generator=generator)
-    return embeddings, weight, rows, labels
+
+def summed(name: str) -> Summed:
+    function = OBJECTIVES.build(name).negative_function(Values(16.0, margin=0.4), BIAS)
+    assert function is not None
+    return Summed(function, has_bias=name != "sface")
+
+
+TERMS: dict[str, Term] = {
+    "plain": Exponential(16.0),
+    "quadratic": Exponential(16.0, QUADRATIC),
+    "filtered": Exponential(16.0, filtered(None, 0.2)),
+    "filtered quadratic": Exponential(16.0, filtered(QUADRATIC, 0.2)),
+    "all filtered": Exponential(16.0, filtered(None, -1.1)),
+    "with maximum": Exponential(256.0, CIRCLE, use_maximum=True),
+    "filtered with maximum": Exponential(256.0, filtered(CIRCLE, 0.2), use_maximum=True),
+    "all filtered with maximum": Exponential(256.0, filtered(None, -1.1), use_maximum=True),
+    "sphereface2": summed("sphereface2"),
+    "uniface": summed("uniface"),
+    "sface": summed("sface"),
+    "filtered uniface": Summed(filtered_function(summed("uniface").function, 0.2), has_bias=True),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The arguments of one call; `drawn` of None is all rows, `is_corrected` gives every row a weight of its own."""
+
+    m: int = 5
+    classes: int = 13
+    dim: int = 7
+    drawn: int | None = None
+    rows_per_class: int = 1
+    is_corrected: bool = False
+    term: str = "plain"
+    dtype: torch.dtype = torch.float64
+
+    def tensors(self) -> tuple[Tensor, Candidates, Tensor]:
+        generator = torch.Generator().manual_seed(self.m * 1000 + self.classes)
+        embeddings = torch.randn(self.m, self.dim, generator=generator, dtype=self.dtype)
+        weight = torch.randn(self.classes * self.rows_per_class, self.dim, generator=generator, dtype=self.dtype)
+        rows = None
+        if self.drawn is not None:
+            rows = torch.randperm(self.classes, generator=generator)[: self.drawn].sort().values
+        labels = torch.randint(-1, self.classes, (self.m,), generator=generator)
+        size = self.classes if rows is None else len(rows)
+        log_weight = torch.rand(size, generator=generator).double() if self.is_corrected else 0.7
+        embeddings = torch.nn.functional.normalize(embeddings, dim=1)
+        return embeddings, Candidates(weight, rows, log_weight, self.rows_per_class), labels
+
+    def run(self, kernel: str, **changed: Any) -> Negatives:
+        embeddings, candidates, labels = self.tensors()
+        candidates = replace(candidates, **{key: x for key, x in changed.items() if key != "embeddings"})
+        embeddings = changed.get("embeddings", embeddings)
+        return negatives.forward(embeddings, candidates, labels, TERMS[self.term], monitor=True, kernel=kernel)
+
+
+def same(actual: Tensor | None, expected: Tensor | None) -> None:
+    """Equal up to rounding, relative to the largest entry."""
+    assert (actual is None) == (expected is None)
+    if actual is None or expected is None or not expected.numel():
+        return
+    finite = expected[torch.isfinite(expected)].abs()
+    largest = float(finite.max()) if len(finite) else 0.0
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12 * largest)
+
+
+def compare(layer: Layer, chunk: int, keep: bool) -> None:
+    """The chunked kernel against the reference."""
+    coefficients = torch.linspace(0.1, 1, layer.m, dtype=torch.float64)
+    want = layer.run("reference")
+    with (
+        mock.patch.object(chunked, "CHUNK_ROWS", chunk),
+        mock.patch.object(chunked, "KEEP_BYTES", 2**20 if keep else 0),
+    ):
+        got = layer.run("chunked")
+        got_rows, want_rows = got.row_pass(coefficients), want.row_pass(coefficients)
+    for name in ("total", "embedding_gradient", "maximum", "bias_derivative"):
+        same(getattr(got, name), getattr(want, name))
+    assert got.monitor is not None
+    assert want.monitor is not None
+    for name in ("cosine_sum", "num_pairs", "cosine_max"):
+        torch.testing.assert_close(getattr(got.monitor, name), getattr(want.monitor, name), rtol=1e-12, atol=1e-12)
+    assert (got_rows.rows is None) == (want_rows.rows is None) == (layer.drawn is None)
+    if got_rows.rows is not None and want_rows.rows is not None:
+        assert torch.equal(got_rows.rows, want_rows.rows)
+    same(got_rows.values, want_rows.values)
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("chunk", [1, 4, 13, 2048])
-@pytest.mark.parametrize(("classes", "drawn"), [(13, None), (13, 5), (13, 0), (1, None)])
-def test_chunked_equals_reference(
-    monkeypatch: pytest.MonkeyPatch, classes: int, drawn: int | None, chunk: int, keep: bool
-) -> None:
-    monkeypatch.setattr(chunked, "CHUNK_ROWS", chunk)
-    monkeypatch.setattr(chunked, "KEEP_BYTES", 2**20 if keep else 0)
-    embeddings, weight, rows, labels = make(5, classes, 7, drawn, torch.float64)
+@pytest.mark.parametrize("term", TERMS)
+def test_chunked_equals_reference_for_every_term(term: str, keep: bool) -> None:
+    for chunk in (1, 4, 13, 2048):
+        for drawn in (None, 5, 0):
+            compare(Layer(term=term, drawn=drawn, is_corrected=True), chunk, keep)
+
+
+@given(
+    layer=st.builds(
+        Layer,
+        m=st.integers(1, 6),
+        classes=st.integers(1, 20),
+        dim=st.integers(2, 9),
+        drawn=st.none() | st.integers(0, 20),
+        rows_per_class=st.integers(1, 3),
+        is_corrected=st.booleans(),
+        term=st.sampled_from(sorted(TERMS)),
+    ),
+    chunk=st.integers(1, 25),
+    keep=st.booleans(),
+)
+@settings(deadline=None, max_examples=150)
+def test_chunked_equals_reference_for_any_shape(layer: Layer, chunk: int, keep: bool) -> None:
+    compare(layer, chunk, keep)
+
+
+def test_a_shard_without_rows_contributes_nothing() -> None:
+    for kernel in negatives.KERNELS:
+        got = Layer().run(kernel, weight=torch.zeros(0, 7, dtype=torch.float64), log_weight=0.0)
+        assert got.total.tolist() == [0.0] * 5
+        assert got.row_pass(torch.ones(5, dtype=torch.float64)).values.shape == (0, 7)
+
+
+@pytest.mark.parametrize("kernel", negatives.KERNELS)
+@pytest.mark.parametrize("drawn", [None, 9])
+@pytest.mark.parametrize("term", ["plain", "with maximum", "uniface"])
+def test_own_class_is_left_out_also_where_it_is_drawn(kernel: str, drawn: int | None, term: str) -> None:
+    layer = Layer(drawn=drawn, term=term)
+    _, candidates, labels = layer.tensors()
+    got, rows = layer.run(kernel), candidates.rows
+    is_own = labels >= 0 if rows is None else torch.isin(labels, rows)
+    assert int(is_own.sum()) > 1
+    for sample in is_own.nonzero()[:, 0].tolist():
+        weight = candidates.weight.clone()
+        weight[labels[sample]] *= -1.0
+        turned = layer.run(kernel, weight=weight).total
+        assert torch.equal(turned[sample], got.total[sample])
+        assert not torch.equal(turned, got.total), "the other samples have this class as a negative"
+
+
+@pytest.mark.parametrize("kernel", negatives.KERNELS)
+@pytest.mark.parametrize(("term", "rows_per_class"), [("quadratic", 2), ("sphereface2", 1), ("plain", 3)])
+def test_gradients_are_those_of_finite_differences(kernel: str, term: str, rows_per_class: int) -> None:
+    layer = Layer(drawn=6, term=term, rows_per_class=rows_per_class, is_corrected=True)
+    embeddings, candidates, _ = layer.tensors()
     coefficients = torch.linspace(0.1, 1, 5, dtype=torch.float64)
-    got, want = (
-        negatives.forward(embeddings, weight, rows, labels, scale=16.0, log_weight=0.7, kernel=kernel)
-        for kernel in ("chunked", "reference")
-    )
-    torch.testing.assert_close(got.exp_sum, want.exp_sum, rtol=1e-12, atol=0)
-    torch.testing.assert_close(got.embedding_gradient, want.embedding_gradient, rtol=1e-12, atol=1e-9)
-    got_rows, want_rows = got.row_pass(coefficients), want.row_pass(coefficients)
-    assert (got_rows.rows is None) == (rows is None)
-    torch.testing.assert_close(got_rows.values, want_rows.values, rtol=1e-10, atol=1e-8)
+    got = layer.run(kernel)
+    rows = got.row_pass(coefficients)
+    gradient = torch.zeros_like(candidates.weight)
+    gradient[rows.rows] = rows.values
+    for name, tensor, wanted in (
+        ("embeddings", embeddings, coefficients[:, None] * got.embedding_gradient),
+        ("weight", candidates.weight, gradient),
+    ):
+        slopes = _differences(lambda x, name=name: (coefficients * layer.run(kernel, **{name: x}).total).sum(), tensor)
+        assert float((wanted - slopes).abs().max()) < 1e-7 * float(slopes.abs().max())
 
 
-def test_reference_gradients_are_those_of_autograd() -> None:
-    embeddings, weight, rows, labels = make(5, 13, 7, 6, torch.float64)
-    embeddings.requires_grad_()
-    weight.requires_grad_()
-    unit = weight[rows] / weight[rows].norm(dim=1, keepdim=True)
-    exponentials = torch.exp(16.0 * embeddings @ unit.T)
-    sums = torch.where(labels[:, None] == rows[None, :], 0.0, exponentials).sum(dim=1)
-    coefficients = torch.linspace(0.1, 1, 5, dtype=torch.float64)
-    wanted = torch.autograd.grad((coefficients * sums).sum(), (embeddings, weight))
-    with torch.no_grad():
-        got = negatives.forward(embeddings, weight, rows, labels, scale=16.0, kernel="reference")
-        values = got.row_pass(coefficients).values
-    torch.testing.assert_close(got.exp_sum, sums.detach())
-    torch.testing.assert_close(coefficients[:, None] * got.embedding_gradient, wanted[0])
-    torch.testing.assert_close(values, wanted[1][rows])
+def _differences(function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-5) -> Tensor:
+    slopes = torch.zeros_like(at)
+    for place in range(at.numel()):
+        move = torch.zeros_like(at)
+        move.view(-1)[place] = step
+        slopes.view(-1)[place] = (function(at + move) - function(at - move)) / (2 * step)
+    return slopes
 
 
-def test_zero_row_has_a_finite_gradient() -> None:
-    embeddings, weight, rows, labels = make(3, 5, 7, None, torch.float32)
+@pytest.mark.parametrize("kernel", negatives.KERNELS)
+def test_log_weights_multiply_what_a_row_contributes(kernel: str) -> None:
+    for term in ("plain", "uniface"):
+        layer = Layer(term=term)
+        once = layer.run(kernel, log_weight=0.0)
+        twice = layer.run(kernel, log_weight=torch.full((13,), 2.0).double().log())
+        torch.testing.assert_close(twice.total, 2 * once.total)
+        torch.testing.assert_close(twice.embedding_gradient, 2 * once.embedding_gradient)
+
+
+@pytest.mark.parametrize("kernel", negatives.KERNELS)
+def test_zero_row_has_a_finite_sum(kernel: str) -> None:
+    layer = Layer(dtype=torch.float32)
+    weight = layer.tensors()[1].weight
     weight[2] = 0.0
-    sums = negatives.forward(embeddings, weight, rows, labels, scale=16.0)
-    assert bool(torch.isfinite(sums.exp_sum).all())
+    assert bool(torch.isfinite(layer.run(kernel, weight=weight).total).all())
 
 
-def test_float32_sums_hold_ten_million_classes_at_scale_64() -> None:
-    """The mass of 10 million classes, simulated through the log weight, against float64."""
-    embeddings, weight, rows, labels = make(64, 5000, 128, None, torch.float64)
-    log_weight = float(torch.log(torch.tensor(10_000_000 / 5000)))
-    exact = negatives.forward(embeddings, weight, rows, labels, scale=64.0, log_weight=log_weight).exp_sum.log()
-    single = negatives.forward(
-        embeddings.float(), weight.float(), rows, labels, scale=64.0, log_weight=log_weight
-    ).exp_sum
-    assert float((single.double().log() - exact).abs().max()) < 2e-5
+@pytest.mark.parametrize("kernel", negatives.KERNELS)
+def test_exponents_beyond_float32_are_summed_relative_to_the_largest(kernel: str) -> None:
+    embeddings, _, labels = Layer(dtype=torch.float32).tensors()
+    weight = torch.cat([embeddings, embeddings, embeddings[:3]])
+
+    def log_sum(dtype: torch.dtype, kernel: str) -> Tensor:
+        candidates = Candidates(weight.to(dtype))
+        got = negatives.forward(embeddings.to(dtype), candidates, labels, TERMS["with maximum"], kernel=kernel)
+        assert got.maximum is not None
+        assert float(got.maximum.max()) > 230
+        return (got.total.log() + got.maximum).double()
+
+    torch.testing.assert_close(log_sum(torch.float32, kernel), log_sum(torch.float64, "reference"), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kernel", negatives.KERNELS)
+def test_monitor_changes_no_number(kernel: str) -> None:
+    for term in TERMS:
+        layer = Layer(term=term, drawn=9)
+        embeddings, candidates, labels = layer.tensors()
+        asked = layer.run(kernel)
+        silent = negatives.forward(embeddings, candidates, labels, TERMS[term], kernel=kernel)
+        assert silent.monitor is None
+        assert torch.equal(asked.total, silent.total)
+        assert torch.equal(asked.embedding_gradient, silent.embedding_gradient)
+
+
+def test_kernels_leave_their_arguments_alone() -> None:
+    for kernel in negatives.KERNELS:
+        for term in TERMS:
+            embeddings, candidates, labels = Layer(term=term, is_corrected=True).tensors()
+            before = [x.clone() for x in (embeddings, candidates.weight, candidates.log_weight, labels)]
+            got = negatives.forward(embeddings, candidates, labels, TERMS[term], monitor=True, kernel=kernel)
+            got.row_pass(torch.ones(5, dtype=torch.float64))
+            after = (embeddings, candidates.weight, candidates.log_weight, labels)
+            assert all(map(torch.equal, before, after)), (kernel, term)
 
 
 @given(
@@ -106,17 +276,23 @@ def test_merge_adds_like_dense_matrices(parts: list[list[int]], whole: bool) -> 
     torch.testing.assert_close(result, dense)
 
 
-def test_chunked_never_holds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("term", ["plain", "quadratic", "with maximum", "filtered uniface"])
+def test_chunked_never_holds_the_logits(monkeypatch: pytest.MonkeyPatch, term: str) -> None:
     """Peers keep several [batch, classes] matrices; here the largest tensor is the row gradient itself."""
     monkeypatch.setattr(chunked, "CHUNK_ROWS", 64)
     monkeypatch.setattr(chunked, "KEEP_BYTES", 0)
-    embeddings, weight, rows, labels = make(256, 5000, 8, None, torch.float32)
+    layer = Layer(m=256, classes=5000, dim=8, term=term, dtype=torch.float32)
+    embeddings, candidates, labels = layer.tensors()
+
+    def run(kernel: str) -> Negatives:
+        return negatives.forward(embeddings, candidates, labels, TERMS[term], monitor=True, kernel=kernel)
+
     with Largest() as forward:
-        sums = negatives.forward(embeddings, weight, rows, labels, scale=16.0, kernel="chunked")
+        sums = run("chunked")
     assert 0 < forward.numel <= 256 * 64
     with Largest() as backward:
         sums.row_pass(torch.ones(256))
     assert backward.numel == 5000 * 8
     with Largest() as dense:
-        negatives.forward(embeddings, weight, rows, labels, scale=16.0, kernel="reference")
-    assert dense.numel == 256 * 5000
+        run("reference")
+    assert dense.numel >= 256 * 5000

@@ -18,6 +18,7 @@ from megaclass.parallel.process import World
 FIELDS = {
     *("attempt", "step", "epoch", "position", "loss", "loss_hex", "intra", "inter", "positive_cosine", "lr"),
     *("grad_norm", "samples", "samples_per_second", "data_wait_seconds", "world_size", "time"),
+    *("head_cpu_seconds", "data_wait_share", "step_seconds"),
 }
 
 
@@ -26,7 +27,8 @@ def world(rank: int = 0, size: int = 3) -> World:
 
 
 def snapshot(loss: float = 1 / 3) -> Snapshot:
-    return Snapshot(loss, 0.1, 0.2, 0.5, 1.5, 35, 70.0, 0.1, 0.05, 0.1, 12.0)
+    monitors = {"negative_cosine_mean": -0.25, "negative_cosine_max": math.nan, "rows_touched": 11.0}
+    return Snapshot(loss, 0.1, 0.2, 0.5, 1.5, monitors, 35, 70.0, 0.1, 0.05, 0.1, 0.02, 12.0)
 
 
 def log(journal: Journal, step: int, loss: float = 1 / 3) -> None:
@@ -41,6 +43,14 @@ def test_a_line_has_the_promised_fields(tmp_path: Path) -> None:
     assert (line["step"], line["attempt"], line["world_size"], line["class_lr"]) == (7, 1, 3, 0.4)
     assert line["loss"] == 1 / 3
     assert line["loss_hex"] == struct.unpack("f", struct.pack("f", 1 / 3))[0].hex()
+
+
+def test_monitors_stand_in_the_line_under_their_names(tmp_path: Path) -> None:
+    with Journal(tmp_path, 1, world()) as journal:
+        log(journal, 7)
+    (line,) = read_metrics(tmp_path)
+    assert (line["negative_cosine_mean"], line["rows_touched"], line["head_cpu_seconds"]) == (-0.25, 11.0, 0.02)
+    assert line["negative_cosine_max"] is None  # a batch without negatives; JSON has no NaN
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))

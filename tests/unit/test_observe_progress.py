@@ -10,7 +10,7 @@ from rich.console import Console
 from megaclass.observe.metrics import Snapshot
 from megaclass.observe.progress import ProgressLine, duration, figures
 
-SNAPSHOT = Snapshot(3.25, 1.0, 2.25, 0.25, 1.5, 35, 5120.4, 0.5, 0.05, 0.031, 133.0)
+SNAPSHOT = Snapshot(3.25, 1.0, 2.25, 0.25, 1.5, {}, 35, 5120.4, 0.5, 0.05, 0.031, 0.01, 133.0)
 LINE = "ETA 2m 13s   loss 3.2500 (intra 1.0000, inter 2.2500)  cos 0.250  5,120 samples/s  data wait 3%  lr 0.18"
 
 

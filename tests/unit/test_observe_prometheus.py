@@ -1,19 +1,30 @@
 from __future__ import annotations
 
+import math
+import re
 import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from megaclass.classifier import Monitors
 from megaclass.observe.metrics import Snapshot
 from megaclass.observe.prometheus import Exporter
 
-SNAPSHOT = Snapshot(3.0, 1.0, 2.0, 0.25, 1.5, 35, 70.0, 0.5, 0.05, 0.1, 12.0)
+MONITORS = {
+    "negative_cosine_mean": -0.0625,
+    "negative_cosine_max": 0.5,
+    "end_point": 0.75,
+    "past_end_point": 0.125,
+    "rows_touched": 11.0,
+}
+SNAPSHOT = Snapshot(3.0, 1.0, 2.0, 0.25, 1.5, MONITORS, 35, 70.0, 0.5, 0.05, 0.1, 0.02, 12.0)
 
 
 @pytest.fixture
@@ -56,6 +67,11 @@ def test_a_scrape_gives_every_metric_with_rank_and_run(exporter: Exporter) -> No
         ("megaclass_loss", ("term", "intra")): 1,
         ("megaclass_loss", ("term", "inter")): 2,
         ("megaclass_positive_cosine_mean",): 0.25,
+        ("megaclass_negative_cosine_mean",): -0.0625,
+        ("megaclass_negative_cosine_max",): 0.5,
+        ("megaclass_end_point_cosine",): 0.75,
+        ("megaclass_past_end_point_ratio",): 0.125,
+        ("megaclass_rows_touched",): 11,
         ("megaclass_learning_rate", ("group", "backbone")): 0.1,
         ("megaclass_learning_rate", ("group", "classes")): 0.4,
         ("megaclass_world_size",): 4,
@@ -63,6 +79,23 @@ def test_a_scrape_gives_every_metric_with_rank_and_run(exporter: Exporter) -> No
         ("megaclass_gpu_memory_peak_bytes",): 1024,
     }
     assert {key: found.get(key) for key in expected} == expected
+
+
+def test_a_monitor_that_is_no_number_is_shown_as_nan(exporter: Exporter) -> None:
+    # A batch without negatives has no negative cosine; the value of an earlier step would be a lie.
+    exporter.observe_snapshot(8, replace(SNAPSHOT, monitors={**MONITORS, "negative_cosine_max": math.nan}), {})
+    (line,) = re.findall(r"^megaclass_negative_cosine_max{.*} (\S+)$", scrape(exporter), re.MULTILINE)
+    assert line == "NaN"
+
+
+def test_every_monitor_of_the_classifier_has_a_gauge() -> None:
+    assert {row.name for row in fields(Monitors)} == set(MONITORS)
+
+
+def test_a_snapshot_without_monitors_leaves_the_gauges_as_they_are(exporter: Exporter) -> None:
+    exporter.observe_snapshot(8, replace(SNAPSHOT, monitors={}), {})
+    (line,) = re.findall(r"^megaclass_rows_touched{.*} (\S+)$", scrape(exporter), re.MULTILINE)
+    assert line == "11.0"
 
 
 def test_promtool_has_nothing_to_say(exporter: Exporter) -> None:

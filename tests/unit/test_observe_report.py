@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +21,15 @@ from megaclass.parallel.process import World
 EVIL = "<script>alert('\"x')</script>"
 
 
+MONITORS = {
+    "negative_cosine_mean": -0.0625,
+    "negative_cosine_max": 0.5,
+    "end_point": 0.75,
+    "past_end_point": 0.125,
+    "rows_touched": 11.0,
+}
+
+
 def evaluation(value: float) -> dict[str, Any]:
     return {
         "verification": {"accuracy": value, "tar_at_far": {"1e-3": value - 0.1}, "eer": 1 - value},
@@ -28,14 +38,16 @@ def evaluation(value: float) -> dict[str, Any]:
     }
 
 
-def make_run(folder: Path) -> Path:
+def make_run(folder: Path, monitors: dict[str, float] = MONITORS) -> Path:
     world = World(0, 2, 0, torch.device("cpu"), None, None)
     for attempt, steps in ((1, range(20, 200, 20)), (2, range(120, 320, 20))):
         with Journal(folder, attempt, world) as journal:
             for step in steps:
                 loss = 10.0 / step + (1000.0 if attempt == 1 and step >= 120 else 0.0)
                 journal.write_metrics(
-                    Snapshot(loss, loss / 3, loss / 1.5, 0.5, 1.0, step * 5, 1234.0, 0.1, 0.02, 0.05, 3.0),
+                    Snapshot(
+                        loss, loss / 3, loss / 1.5, 0.5, 1.0, monitors, step * 5, 1234.0, 0.1, 0.02, 0.05, 0.01, 3.0
+                    ),
                     step=step,
                     epoch=1,
                     position=step * 5,
@@ -58,6 +70,12 @@ def make_run(folder: Path) -> Path:
     config = {"dataset": {"path": "s3://me:hunter2@store/data"}, "train": {"steps": 300}}
     (folder / "config.yaml").write_text(validate(config).to_yaml())
     return folder
+
+
+def figures_of(path: Path) -> dict[str, list[str]]:
+    """Titles of the figures of a page, with the names of the curves in their legends."""
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", path.read_text(encoding="utf-8"))
+    return {caption.split("<")[0]: re.findall(r"</i>(.*?)</small>", caption) for caption in captions}
 
 
 class Page(HTMLParser):
@@ -111,7 +129,21 @@ def test_the_report_tells_what_the_run_did(tmp_path: Path) -> None:
     ):
         assert expected in page.text, expected
     assert "hunter2" not in path.read_text()
-    assert page.tags.count("svg") == 7
+    assert page.tags.count("svg") == 9
+
+
+def test_both_terms_the_cosines_and_the_end_point_have_curves(tmp_path: Path) -> None:
+    figures = figures_of(write_report(make_run(tmp_path)))
+    assert figures["Loss"] == ["total", "intra", "inter"]
+    assert figures["Cosines"] == ["positive, mean", "negative, mean", "negative, largest", "end point after the margin"]
+    assert figures["Samples past the end point"] == figures["Rows touched per step"] == []  # one curve: no legend
+
+
+def test_a_curve_left_alone_is_named_in_the_title(tmp_path: Path) -> None:
+    """A run of an older version has no monitors; a loss without negatives has fewer."""
+    figures = figures_of(write_report(make_run(tmp_path, {"negative_cosine_max": math.nan})))
+    assert "Cosines: positive, mean" in figures
+    assert not {"Cosines", "Samples past the end point", "Rows touched per step"} & set(figures)
 
 
 def test_the_report_needs_nothing_from_anywhere(tmp_path: Path) -> None:
