@@ -73,6 +73,7 @@ data-cjk: $(VENV)/package
 STUDY = $(BIN)/megaclass study configs/study/$(1).yaml --out runs/study/$(1)
 study: data-hanglyph data-hanglyph-all data-omniglot
 	$(call STUDY,tuning)
+	$(call STUDY,losses)
 	$(call STUDY,rates)
 	$(call STUDY,omniglot)
 	$(call STUDY,entanglement)

@@ -297,7 +297,7 @@ def _monitored(
     if draw.rows is not None:
         num_rows = len(torch.unique(torch.cat([draw.rows, own.row[own.row >= 0]])))
     slots = logit.new_zeros(group_size(classifier.group))
-    slots[group_rank(classifier.group)] = seen.cosine_max.clamp_min(-2.0)
+    slots[group_rank(classifier.group)] = seen.cosine_max
     numbers = [seen.cosine_sum, seen.num_pairs, num_past, logit.new_tensor(float(num_rows))]
     return torch.cat([torch.stack(numbers), slots])
 
@@ -313,5 +313,5 @@ def _monitors(
         num_past, num_samples = is_past.sum().to(ends.dtype), len(is_past)
     is_finite = torch.isfinite(ends)
     end = torch.where(is_finite, ends, 0.0).sum() / is_finite.sum() / scale
-    largest = torch.where(largest < -1.5, torch.nan, largest)
+    largest = torch.where(largest == -torch.inf, torch.nan, largest)
     return torch.stack([cosine_sum / num_pairs, largest, end, num_past / num_samples, num_rows])

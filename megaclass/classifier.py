@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,11 @@ class ShardedClassifier(nn.Module):
         self.kernel = kernel
         rows = initial_rows(shard, dim, seed, rows_per_class=loss.rows_per_class, dtype=dtype)
         self.weight = nn.Parameter(rows.to(device), requires_grad=False)
-        initial = loss.objective.initial_bias(loss.preset.values(0.0), shard.num_classes)
+        values = loss.preset.values(0.0)
+        if loss.preset.sampler == "batch" or loss.preset.correction == "inverse-rate":
+            # The rate is then no share of the negatives, or the sum stands for all of them.
+            values = replace(values, sampling_rate=1.0)
+        initial = loss.objective.initial_bias(values, shard.num_classes)
         bias = None if initial is None else torch.tensor(initial, dtype=dtype, device=device)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         initial = loss.negative_map.initial_state

@@ -7,7 +7,7 @@ gives the gradient of the class-weight rows; it is a call of its own so that the
 meanwhile.
 
 Cosine logits are bounded by the scale, so exponentials are summed without a shift and without a maximum wherever
-float32 can hold the sum (`objectives.exponents`); where it cannot, the sum is relative to each sample's maximum.
+float32 can hold the sum (`presets.check_exponents`); where it cannot, the sum is relative to each sample's maximum.
 """
 
 from __future__ import annotations

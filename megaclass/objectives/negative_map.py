@@ -22,8 +22,8 @@ class Positives:
     """What a map may know of the samples whose negatives it changes; the same on every rank, without a gradient.
 
     Attributes:
-        cosine: [m] with the own class, before the margin.
-        adjusted: [m] the same after the margin.
+        cosine: [global batch] with the own class, before the margin.
+        adjusted: [m] the same after the margin, of the samples that have an inter term.
         state: the map's running state, a scalar.
     """
 

@@ -46,11 +46,13 @@ class Objective:
         needs_positive: whether `inter` uses z_y: the loss is *entangled*, and z_y of the whole batch is sent along with
             the sums. Otherwise it is *dissected*: the intra term needs only the rank that owns the class, and keeps its
             strength when negatives are sampled.
+        needs_angle: whether the cosines must really be such, in [-1, 1].
         is_exponential: whether it is built on a log-sum-exp; otherwise it has a `negative_function`.
         default_end_point: the end point's default; None for a loss without that option.
     """
 
     needs_positive: ClassVar[bool] = False
+    needs_angle: ClassVar[bool] = False
     is_exponential: ClassVar[bool] = True
     default_end_point: ClassVar[float | None] = None
 

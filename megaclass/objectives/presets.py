@@ -151,11 +151,15 @@ def check_exponents(preset: Preset, num_classes: int, normalisation: str = "l2")
             embeddings without unit length meet a margin that is an angle.
     """
     if normalisation != "l2":
-        if MARGINS.find(preset.margin_kind).needs_angle:
-            raise ConfigError(
-                f"classifier.normalisation {normalisation!r} makes no sense with margin {preset.margin_kind!r}: "
-                "without unit length there is no angle; use l2, or the margins none or cosine"
-            )
+        for part, name, kind in (
+            ("margin", preset.margin_kind, MARGINS.find(preset.margin_kind)),
+            ("objective", preset.objective, OBJECTIVES.find(preset.objective)),
+        ):
+            if kind.needs_angle:
+                raise ConfigError(
+                    f"classifier.normalisation {normalisation!r} makes no sense with {part} {name!r}: without unit "
+                    "length there is no angle; use l2, or the margins none or cosine with another objective"
+                )
         return True
     scale = max(preset.reached("scale"))
     negative_map = NEGATIVE_MAPS.build(preset.negative_map, preset.hyper)

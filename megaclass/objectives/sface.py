@@ -38,6 +38,7 @@ class SFace(Objective):
     steepness: float = 80.0
     intra_angle: float = 0.80
     inter_angle: float = 1.23
+    needs_angle: ClassVar[bool] = True
     is_exponential: ClassVar[bool] = False
 
     def intra(self, positive: Tensor, values: Values, bias: Tensor | None) -> Tensor:

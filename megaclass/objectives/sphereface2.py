@@ -37,6 +37,7 @@ class SphereFace2Margin(Margin):
     """
 
     exponent: float = 3.0
+    needs_angle: ClassVar[bool] = True
     default: ClassVar[float | None] = 0.4
 
     def __post_init__(self) -> None:
@@ -62,6 +63,7 @@ class SphereFace2(Objective):
     positive_share: float = 0.7
     loss_weight: float = 50.0
     exponent: float = 3.0
+    needs_angle: ClassVar[bool] = True
     is_exponential: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one if there is no such file or it holds something else."""
     try:
         content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -4,7 +4,7 @@ One function per pattern on the wire, each with the way its result is laid out (
 one, and its cost. The group is always an argument; None, or a group of one, means there is nobody to talk to, and the
 same code then runs without sending anything.
 
-The class layer computes its own gradients (`classifier.py`), so its pair `all_gather_batch` and
+The class layer computes its own gradients (`class_layer.py`), so its pair `all_gather_batch` and
 `reduce_scatter_batch`, each the adjoint of the other, are plain functions. `sum_over_shards` is used while torch
 differentiates a loss of which every rank holds its own copy: its backward is the identity. The stock differentiable
 all-reduce sums there again and makes every gradient too large by the number of ranks.

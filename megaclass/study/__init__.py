@@ -40,10 +40,10 @@ a complete study file, `losses.yaml`:
 
   megaclass study losses.yaml --out runs/losses
 
-Paths in base, such as dataset.path, count from where the command runs, as for `megaclass train`. In DIR: table.json,
-table.md, the plots, study.yaml, and runs/CASE/seed-N/, each an ordinary run directory with the run's own output in
-output.log. Every run is one process with one thread. The same command trains what is missing and nothing else; a run
-that was stopped continues. A run made with other options is refused.
+Null takes optim.clip_norm to none. Paths in base, such as dataset.path, count from where the command runs, as for
+`megaclass train`. In DIR: table.json, table.md, the plots, study.yaml, and runs/CASE/seed-N/, each an ordinary run
+directory with the run's own output in output.log. Every run is one process with one thread. The same command trains
+what is missing and nothing else; a run that was stopped continues. A run made with other options is refused.
 
 Exit codes: 0 all there, 1 runs are missing or have failed (the table says which), 2 the study or a metric is wrong,
 3 data, 75 told to stop (SIGINT, SIGTERM, SIGHUP) and the runs saved.

@@ -85,7 +85,8 @@ def study(
 
 def _chosen(cases: Sequence[Case], only: str | None) -> list[Run]:
     """The runs of the cases that match, seed by seed: early on there is something of every case."""
-    chosen = [case for case in cases if only is None or fnmatch.fnmatchcase(case.name, only)]
+    # The whole name is that case, though its brackets would mean something else in a pattern.
+    chosen = [case for case in cases if only in (None, case.name) or fnmatch.fnmatchcase(case.name, only or "")]
     if not chosen:
         names = ", ".join(repr(case.name) for case in cases)
         raise ConfigError(f"--only {only!r} matches no case; there are {names} (* and ? stand for any letters)")

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -138,6 +139,7 @@ def _start(run: Run) -> _Running:
     run.folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
+    _start_server()
     process = context.Process(
         target=_train, args=(run.config.model_dump(mode="json"), str(run.folder / OUTPUT)), name=str(run.folder)
     )
@@ -154,9 +156,24 @@ def _start(run: Run) -> _Running:
     return _Running(run, process, time.monotonic())
 
 
+def _start_server() -> None:
+    """Start the server of the runs, if there is none, deaf to what stops a study.
+
+    A closed terminal and `timeout` signal the whole process group. The server alone knows how a run has ended, so it
+    must outlive the runs that are saving. A blocked signal is inherited; `_train` lets them through again.
+    """
+    resource_tracker.ensure_running()  # unblocks SIGTERM when it starts, so it comes first
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _train(content: dict[str, Any], output: str) -> None:
     """What the process of a run does."""
     os.setpgid(0, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(file, stream)

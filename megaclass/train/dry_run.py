@@ -31,6 +31,7 @@ def describe(config: Config) -> str:
     reader = build.build_reader(config, world)
     evaluation = open_evaluation(config)
     preset = build.resolve_preset(config)
+    presets.check_negatives(preset, reader.num_classes)
     presets.check_exponents(preset, reader.num_classes, config.classifier.normalisation)
     with torch.device("meta"):  # shapes without memory
         backbone = build.build_backbone(config, World(0, 1, 0, torch.device("meta"), None, None))

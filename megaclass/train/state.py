@@ -54,10 +54,11 @@ def restore(training: Training, snapshot: Snapshot) -> None:
     training.strategy.load_state(_stripped("optimizer", snapshot.replicated))
     if training.average is not None:
         training.average.load_state_dict(_stripped("average", snapshot.replicated))
-    loss = _stripped("loss", snapshot.replicated)
-    for name, tensor in _loss_tensors(training).items():
-        if name not in loss:
-            raise CheckpointError(f"the checkpoint has no tensor loss/{name}; start in a new run.dir")
+    loss, own_loss = _stripped("loss", snapshot.replicated), _loss_tensors(training)
+    if own_loss.keys() != loss.keys():
+        different = ", ".join(f"loss/{name}" for name in sorted(own_loss.keys() ^ loss.keys()))
+        raise CheckpointError(f"the checkpoint's loss is not this run's: {different}; start in a new run.dir")
+    for name, tensor in own_loss.items():
         _copy(f"loss/{name}", loss[name], tensor)
     own = _sharded(training)
     if own.keys() != snapshot.sharded.keys():

@@ -58,8 +58,9 @@ def run_cases(world: World, cases: list[Case]) -> list[dict[str, Any]]:
 def close(name: str, actual: Tensor, expected: Tensor, case: Case) -> None:
     """Relative to the largest entry: an entry that cancels to almost nothing has no digits of its own."""
     # An error in the last digit of a float32 cosine, 6e-8, comes multiplied by the scale, and in the sigmoids of SFace
-    # by their steepness: 1e-5 is what that leaves at a scale of 32.
+    # by their steepness: 1e-5 is what that leaves at a scale of 32. With batch-norm these embeddings are up to 6 long.
     steepest = max(case.values().scale, 80.0 if case.settings().objective == "sface" else 0.0)
+    steepest *= 6.0 if case.normalisation == "batch-norm" else 1.0
     relative = 1e-10 if case.dtype == torch.float64 else 1e-5 * max(1.0, steepest / 32)
     largest = max(float(expected.abs().max()), 1e-12)
     worst = float((actual.double() - expected).abs().max()) / largest
@@ -123,7 +124,7 @@ def test_full_grid_equals_the_dense_oracle(objective: str, margin_kind: str, wor
 
 
 def test_selection_holds_every_pair_of_factor_values() -> None:
-    chosen = [{name: getattr(case, name) for name in FACTORS} for case in all_cases() if case.sampling is not None]
+    chosen = [{name: getattr(case, name) for name in FACTORS} for case in all_cases() if case.objective is not None]
     assert set().union(*map(support.pairs, chosen)) == support.sensible_pairs()
     assert all(map(support.is_sensible, chosen))
 

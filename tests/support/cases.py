@@ -24,7 +24,8 @@ from megaclass.classifier import ShardedClassifier
 from megaclass.counter import STREAM_MARGIN, normal, stream_key
 from megaclass.kernels import chunked
 from megaclass.objectives import presets
-from megaclass.objectives.objective import Values
+from megaclass.objectives.margin import MARGINS
+from megaclass.objectives.objective import OBJECTIVES, Values
 from megaclass.parallel.collectives import Group
 from megaclass.parallel.shard import ClassShard
 from megaclass.sampling import Draw, Sampler
@@ -35,7 +36,6 @@ SEED = 5
 DRAW_ID = 3
 ALL_PRESETS = tuple(presets.PRESETS)
 BIAS, STATE = 0.75, 0.25  # exact in float32 too
-ANGLES = ("angle", "angle-straight-through", "combined", "sphereface", "adaface", "magface", "elastic-angle")
 
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "all": {},
@@ -169,11 +169,9 @@ class Case:
             group=group,
             grad_divisor=grad_divisor,
             kernel="chunked" if self.kernel == "recomputing" else self.kernel,
-            balance=losses.balance(
-                self.counts(), shard, weight_power=self.balance[0], margin_power=self.balance[1]
-            ),
+            balance=losses.balance(self.counts(), shard, weight_power=self.balance[0], margin_power=self.balance[1]),
             dtype=self.dtype,
-        )  # fmt: skip
+        )
         first, last = shard.start * self.rows_per_class, shard.stop * self.rows_per_class
         classifier.weight.data.copy_(self.inputs(shard.count)[2][first:last])
         if classifier.bias is not None:
@@ -190,6 +188,23 @@ class Case:
         """What is drawn from all classes."""
         return self.sampler().draw(labels, ClassShard(self.num_classes, 0, 1), DRAW_ID, self.values().sampling_rate)
 
+    def _multiplicity(self, labels: Tensor, rows: Tensor) -> Tensor:
+        """How often each class counts as a negative [C]: once, or corrected for how likely it was to be drawn."""
+        settings, count = self.settings(), torch.zeros(self.num_classes, dtype=torch.float64)
+        count[rows] = 1.0
+        num_picks = max(1, round(self.values().sampling_rate * self.num_classes))
+        always = torch.empty(0, dtype=torch.int64)
+        if settings.sampler == "partial-fc":
+            num_picks = max(0, num_picks - len(set(labels.tolist())))
+        if settings.sampler == "partial-fc" or settings.batch_positives:
+            always = labels
+        if settings.sampler == "hard":
+            always = torch.cat([always, Neighbours(self.num_classes).near(labels).flatten()])
+        if settings.correction == "inverse-rate" and num_picks:
+            count *= self.num_classes / num_picks
+            count[always[always >= 0]] = 1.0
+        return count
+
     @contextmanager
     def chunks(self) -> Iterator[None]:
         """Chunks so small and odd that a shard has several, and with the recomputing kernel nothing kept of them."""
@@ -203,10 +218,6 @@ class Case:
         settings, values = self.settings(), self.values()
         embeddings, labels, weight = self.inputs(world_size)
         draw = self.draw(labels)
-        count = None
-        if draw.rows is not None:
-            count = torch.zeros(self.num_classes, dtype=torch.float64)
-            count[draw.rows] = torch.as_tensor(draw.log_weight, dtype=torch.float64).exp().expand(len(draw.rows))
         numbers = np.maximum(self.counts(), 1).astype(np.float64)
         weights = numbers ** -self.balance[0]
         weights = torch.from_numpy(weights / np.average(weights, weights=self.counts()))
@@ -222,7 +233,7 @@ class Case:
             margin=values.margin,
             end_point=values.end_point,
             hyper=settings.hyper,
-            count=count,
+            count=None if draw.rows is None else self._multiplicity(labels, draw.rows),
             batch_rows=draw.batch_rows,
             rows_per_class=self.rows_per_class,
             negative_filter=math.inf if self.negative_filter is None else self.negative_filter,
@@ -237,13 +248,13 @@ class Case:
 
 def is_sensible(parts: dict[str, Any]) -> bool:
     """Whether the values of some factors go together; a factor that is not there yet forbids nothing."""
-    objective, margin = parts.get("objective", "d-softmax"), parts.get("margin_kind", "none")
-    if objective in ("sphereface2", "uniface", "sface") and parts.get("negative_map", "identity") != "identity":
+    objective = OBJECTIVES.find(parts.get("objective", "d-softmax"))
+    margin = MARGINS.find(parts.get("margin_kind", "none"))
+    if not objective.is_exponential and parts.get("negative_map", "identity") != "identity":
         return False
-    if objective == "softmax" and parts.get("sampling") == "batch":
+    if objective.needs_positive and parts.get("sampling") == "batch":
         return False
-    is_flat = parts.get("normalisation") == "batch-norm"
-    return not (is_flat and (margin in (*ANGLES, "sphereface2") or objective in ("sphereface2", "sface")))
+    return parts.get("normalisation") != "batch-norm" or not (objective.needs_angle or margin.needs_angle)
 
 
 def pairs(parts: dict[str, Any]) -> set[tuple[Any, ...]]:

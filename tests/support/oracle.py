@@ -58,10 +58,6 @@ def softplus(x: Tensor) -> Tensor:
 # Margins: own cosines -> adjusted cosines.
 
 
-def angle(z: Tensor) -> Tensor:
-    return torch.arccos(z)
-
-
 def falling(theta: Tensor) -> Tensor:
     """(-1)^k cos(theta) - 2 k for theta in [k pi, (k + 1) pi]: SphereFace eq. 6."""
     k = (theta / math.pi).floor().detach()
@@ -69,24 +65,20 @@ def falling(theta: Tensor) -> Tensor:
 
 
 def arcface(z: Tensor, m: Tensor) -> Tensor:
-    theta = angle(z)
+    theta = torch.arccos(z)
     return torch.where(theta + m < math.pi, torch.cos(theta + m), z - m * torch.sin(m))
-
-
-def straight_through(batch: Batch) -> Tensor:
-    return batch.own + (arcface(batch.own, batch.margin) - batch.own).detach()
 
 
 def combined(batch: Batch) -> Tensor:
     m1, m3 = batch.hyper.get("angle_factor", 1.0), batch.hyper.get("cosine_margin", 0.2)
-    return falling(m1 * angle(batch.own) + batch.margin) - m3
+    return falling(m1 * torch.arccos(batch.own) + batch.margin) - m3
 
 
 def adaface(batch: Batch) -> Tensor:
     norm = batch.length.detach().clip(1e-3, 100)
     spread = norm.std() if len(norm) > 1 else torch.zeros(())
     quality = ((norm - norm.mean()) / (spread + 1e-3) * batch.hyper.get("concentration", 0.333)).clip(-1, 1)
-    theta = (angle(batch.own) - batch.margin * quality).clip(0, math.pi)
+    theta = (torch.arccos(batch.own) - batch.margin * quality).clip(0, math.pi)
     return torch.cos(theta) - (batch.margin + batch.margin * quality)
 
 
@@ -128,9 +120,9 @@ MARGINS: dict[str, Callable[[Batch], Tensor]] = {
     "none": lambda batch: batch.own,
     "cosine": lambda batch: batch.own - batch.margin,
     "angle": lambda batch: arcface(batch.own, batch.margin),
-    "angle-straight-through": straight_through,
+    "angle-straight-through": lambda batch: batch.own + (arcface(batch.own, batch.margin) - batch.own).detach(),
     "combined": combined,
-    "sphereface": lambda batch: falling((1 + batch.margin) * angle(batch.own)),
+    "sphereface": lambda batch: falling((1 + batch.margin) * torch.arccos(batch.own)),
     "adaface": adaface,
     "magface": magface,
     "elastic-angle": lambda batch: arcface(batch.own, elastic(batch)),
@@ -201,8 +193,8 @@ def uniface(batch: Batch) -> tuple[Tensor, Tensor]:
 
 def sface(batch: Batch) -> tuple[Tensor, Tensor]:
     k, a, b = (batch.hyper.get(*x) for x in (("steepness", 80.0), ("intra_angle", 0.80), ("inter_angle", 1.23)))
-    theta_own = angle((batch.positive / batch.scale).detach().clip(-1, 1))
-    theta = angle(batch.cosines.detach().clip(-1, 1))
+    theta_own = torch.arccos((batch.positive / batch.scale).detach().clip(-1, 1))
+    theta = torch.arccos(batch.cosines.detach().clip(-1, 1))
     own = -torch.sigmoid(k * (theta_own - a)) * batch.positive
     return own, (batch.count * torch.sigmoid(-k * (theta - b)) * batch.scale * batch.cosines).sum(dim=1)
 
@@ -269,10 +261,8 @@ def dense(
     `count` [classes] says how often each class counts as a negative (None: once), `batch_rows` which samples have an
     inter term (None: all), `sample_weight` [G] and `margin_factor` [G] what a sample and its margin are multiplied by.
     """
-    x, w, b = (
-        tensor.double().clone().requires_grad_()
-        for tensor in (embeddings, weight, torch.tensor(bias, dtype=torch.float64))
-    )
+    inputs = (embeddings, weight, torch.tensor(bias, dtype=torch.float64))
+    x, w, b = (tensor.double().clone().requires_grad_() for tensor in inputs)
     length = x.norm(dim=1)
     unit = x / math.sqrt(x.shape[1]) if normalisation == "batch-norm" else x / length[:, None]
     every = unit @ (w / w.norm(dim=1, keepdim=True)).T
@@ -307,11 +297,6 @@ def monitors(objective: str, batch: Batch, is_drawn: Tensor, chosen: Tensor, lab
     ends = END_POINTS[objective](batch).detach()
     is_there = ends > -1e3
     rows = torch.unique(torch.cat([labels, (is_drawn > 0).any(dim=0).nonzero()[:, 0]]))
-    numbers = [
-        shown.mean(),
-        shown.max() if len(shown) else torch.tensor(torch.nan),
-        (ends[is_there] / batch.scale).mean(),
-        (batch.positive.detach() >= ends).double().mean(),
-        torch.tensor(len(rows)),
-    ]
-    return torch.stack([number.double() for number in numbers])
+    largest = shown.max() if len(shown) else torch.tensor(torch.nan)
+    end, share = (ends[is_there] / batch.scale).mean(), (batch.positive.detach() >= ends).double().mean()
+    return torch.stack([number.double() for number in (shown.mean(), largest, end, share, torch.tensor(len(rows)))])

@@ -71,6 +71,35 @@ def test_every_mistake_of_a_configuration_at_once(run, dataset: Path, tmp_path: 
             3,
             "data set folder nowhere does not exist; make one with `megaclass data glyphs",
         ),
+        (["--dataset.num-classes", "38"], 2, "dataset.num_classes is 38 but split 'train' of"),
+        (
+            ["--dataset.num-classes", "7", "--dataset.reader", "stream"],
+            2,
+            "dataset.num_classes: 7 is not allowed: dataset.reader stream reads whole shards; use indexed",
+        ),
+        (["--dataset.num-classes", "7"], 3, "has 35 samples, fewer than train.global_batch_size 36"),
+        (["--dataset.label-noise", "1"], 2, "dataset.label_noise: 1 is not allowed: Input should be less than 1"),
+        (
+            ["--dataset.label-noise", "0.2", "--dataset.reader", "stream"],
+            2,
+            "dataset.label_noise: 0.2 is not allowed: dataset.reader stream knows the true labels only; use indexed",
+        ),
+        (
+            ["--classifier.negative-filter", "1"],
+            2,
+            "classifier.negative_filter: 1 is not allowed: Input should be less",
+        ),
+        (
+            ["--classifier.sub-centres", "0"],
+            2,
+            "classifier.sub_centres: 0 is not allowed: Input should be greater than",
+        ),
+        (["--classifier.count-weight-power", "3"], 2, "classifier.count_weight_power: 3 is not allowed: Input should"),
+        (
+            ["--classifier.count-margin-power", "0.25"],
+            2,
+            "classifier.count_margin_power 0.25 means nothing without a margin; choose a margin_kind or leave it out",
+        ),
         (["--train.device", "cuda"], 2, "train.device cuda: torch finds no CUDA device here"),
     ],
 )
@@ -248,6 +277,7 @@ def test_commands_without_their_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     for command in (
         ["evaluate", str(tmp_path / "none")],
         ["embed", str(tmp_path / "none"), "--images", str(tmp_path), "--output", str(tmp_path / "x.npz")],
+        ["classes", str(tmp_path / "none")],
         ["report", str(tmp_path / "none")],
     ):
         assert main(command) == 2

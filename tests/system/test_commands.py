@@ -117,7 +117,7 @@ def test_dry_run_shows_the_plan_and_makes_nothing(
     assert main(["train", str(path), "--dry-run", "--train.steps", "7"]) == 0
     shown = capsys.readouterr().out
     assert "steps: 7, 1.36 epochs of 185 samples" in shown
-    assert "loss: d-softmax with margin none, negatives classes" in shown
+    assert "loss: d-softmax with margin none and negative map identity, sampler classes; at the start " in shown
     assert "rows per rank: 37" in shown
     first = re.search(r"micro-batch 0: samples ([\d, ]+)", shown)
     assert first is not None

@@ -8,8 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megaclass.cli import main
 from megaclass.observe.journal import read_lines, read_metrics
 from megaclass.study import USAGE
 from megaclass.study.spec import read_study
-from tests.support.training import small_config, small_dataset
+from tests.support.training import small_config, small_dataset, train
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 10
@@ -29,6 +30,7 @@ CASES: list[dict[str, Any]] = [
     {"name": "Softmax", "settings": {"classifier.preset": "softmax", "classifier.sampling_rate": None}},
     {"name": "K", "vary": {"classifier.sampling_rate": [0.25]}, "labels": {"loss": "D-Softmax-K"}},
 ]
+Start = Callable[[Path, Path], subprocess.Popen[str]]
 PLOT = {"file": "rates.svg", "title": "Rates", "x": "classifier.sampling_rate", "y": METRICS[0], "lines": "loss"}
 
 
@@ -76,9 +78,11 @@ def test_a_study_leaves_runs_a_table_and_plots(finished: Path) -> None:
     assert [case["name"] for case in table["cases"]] == ["Softmax", "K sampling_rate=0.25"]
     for case in table["cases"]:
         for seed in (0, 1):
-            summary = json.loads(next((out / "runs").glob(f"{case['name'][0].lower()}*/seed-{seed}/summary.json")).read_text())
-            assert case["metrics"][METRICS[0]]["values"][str(seed)] == (
-                summary["evaluation"]["trained"]["retrieval"]["recall_at_1"]
+            (path,) = (out / "runs").glob(f"{case['name'][0].lower()}*/seed-{seed}/summary.json")
+            summary = json.loads(path.read_text())
+            assert (
+                case["metrics"][METRICS[0]]["values"][str(seed)]
+                == (summary["evaluation"]["trained"]["retrieval"]["recall_at_1"])
             )
     assert table["missing"] == []
     softmax, sampled = (case["metrics"]["log.rows_touched"]["mean"] for case in table["cases"])
@@ -94,11 +98,10 @@ def test_a_study_leaves_runs_a_table_and_plots(finished: Path) -> None:
 def test_a_run_is_what_train_makes_of_its_configuration(finished: Path, tmp_path: Path) -> None:
     """To the bit, with the seed of the run: the study adds nothing of its own."""
     run = finished / "out" / "runs" / "k-sampling_rate=0.25" / "seed-1"
-    command = [sys.executable, "-m", "megaclass", "train", str(run / "config.yaml"), "--run.dir", str(tmp_path / "run")]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    alone, studied = (
-        [line["loss_hex"] for line in read_metrics(folder)] for folder in (tmp_path / "run", run)
-    )  # fmt: skip
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    content["run"]["dir"] = str(tmp_path / "run")
+    alone = [line["loss_hex"] for line in train(content)]
+    studied = [line["loss_hex"] for line in read_metrics(run)]
     assert alone == studied
     assert len(alone) == STEPS
     other = read_metrics(run.parent / "seed-0")
@@ -225,7 +228,10 @@ def test_only_trains_the_chosen_cases_and_failed_runs_are_told_with_their_reason
 ) -> None:
     """One run diverges, one finds its run directory owned by another, one belongs to no chosen case."""
     diverges = {"name": "bad [a, b]", "settings": {"optim.lr": 1e38, "train.non_finite_limit": 1}}
-    path, out = write(tmp_path, dataset, [{"name": "good"}, diverges, {"name": "other"}], seeds=[3]), tmp_path / "out"
+    path, out = (
+        write(tmp_path, dataset, [{"name": "good"}, diverges, {"name": "other"}], seeds=[3], plots=[]),
+        tmp_path / "out",
+    )
     taken = out / "runs" / "good" / "seed-3"
     taken.mkdir(parents=True)
     with (taken / ".lock").open("w") as lock:
@@ -235,14 +241,14 @@ def test_only_trains_the_chosen_cases_and_failed_runs_are_told_with_their_reason
     table = json.loads((out / "table.json").read_text())
     good, bad, other = (one["reason"] for one in table["missing"])
     assert good.startswith("exit code 2: ")
-    assert "owned by" in good or "is used" in good or "live run" in good
+    assert f"run directory {taken} is in use by " in good
     assert bad.startswith("exit code 5: ")
     assert bad.endswith(f"(see {out / 'runs' / 'bad-a-b' / 'seed-3' / 'output.log'})")
     assert other == "not run"
     assert not (out / "runs" / "other").exists()
     assert r"- bad \[a, b], seed 3: exit code 5: " in captured.out
     assert "bad [a, b], seed 3: ended with exit code 5: " in captured.err
-    assert captured.err.endswith("2 of 2 runs are missing, see " f"{out / 'table.md'}; the same command tries them again\n")
+    assert f"2 of 2 runs are missing, see {out / 'table.md'}; the same command tries them again\n" in captured.err
     # The whole name of a case means that case, whatever letters it has.
     assert main(["study", str(path), "--out", str(out), "--only", "bad [a, b]", "--report-only"]) == 1
     assert "1 of 1 runs are missing" in capsys.readouterr().err
@@ -252,32 +258,101 @@ def test_only_trains_the_chosen_cases_and_failed_runs_are_told_with_their_reason
 
 
 @pytest.fixture
-def long_study(dataset: Path, tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
-    """A study that would take minutes, as a process and a process group of its own; and its output folder."""
-    path = write(tmp_path, dataset, [{"name": "long"}], settings={"train.steps": 30_000}, plots=[])
-    command = [sys.executable, "-m", "megaclass", "study", str(path), "--out", str(tmp_path / "out"), "--jobs", "1"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    yield tmp_path / "out", process
-    if process.poll() is None:
+def start() -> Iterator[Start]:
+    """Starts the command as a process in a process group of its own, and ends it if the test has not."""
+    started = []
+
+    def begin(path: Path, out: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "megaclass", "study", str(path), "--out", str(out), "--jobs", "1"]
+        made = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        started.append(made)
+        return made
+
+    yield begin
+    for process in started:
         process.kill()
-    process.communicate()
+        process.communicate()
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (lines := read_metrics(run)) or lines[-1]["step"] < step:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"step {step} was not reached"
         time.sleep(0.05)
 
 
-def is_free(run: Path) -> bool:
-    """Whether no live process owns a run directory."""
-    with (run / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
+def wait_until_free(run: Path, seconds: float = 120) -> None:
+    """Until no live process owns the run directory."""
+    deadline = time.monotonic() + seconds
+    with (run / ".lock").open("a") as lock:
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                assert time.monotonic() < deadline, "the run outlives its study"
+                time.sleep(0.05)
+
+
+LONG: dict[str, Any] = {"settings": {"train.steps": 100}, "plots": []}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_runs_of_a_study_that_dies_save_and_stop(dataset: Path, tmp_path: Path, start: Start) -> None:
+    out = tmp_path / "out"
+    process = start(write(tmp_path, dataset, [{"name": "a"}], **LONG), out)
+    run = out / "runs" / "a" / "seed-0"
+    wait_for_step(run, 3, process)
+    process.kill()
+    process.communicate()
+    wait_until_free(run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["status"], summary["exit_code"]) == ("preempted", 75)
+    assert 3 <= summary["step"] < 100
+    assert not (out / "runs" / "a" / "seed-1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_study_that_is_told_to_stop_saves_its_runs_and_goes_on(
+    dataset: Path, tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = write(tmp_path, dataset, [{"name": "a"}], **LONG), tmp_path / "out"
+    process = start(path, out)
+    run = out / "runs" / "a" / "seed-0"
+    wait_for_step(run, 3, process)
+    os.killpg(process.pid, signal.SIGTERM)  # as `timeout` and a closed terminal do: the whole group
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert errors.splitlines()[-1] == (
+        "megaclass: stopped with 0 of 2 runs done; the same command goes on from there, and with --report-only it "
+        "shows what there is"
+    )
+    wait_until_free(run, seconds=0)  # it has waited for its runs
+    assert json.loads((run / "summary.json").read_text())["status"] == "preempted"
+    assert not (out / "runs" / "a" / "seed-1").exists()
+    assert not (out / "table.json").exists()
+
+    assert main(["study", str(path), "--out", str(out), "--report-only"]) == 1
+    assert "- a, seed 0: exit code 75: preempted and saved" in capsys.readouterr().out
+    assert main(["study", str(path), "--out", str(out), "--jobs", "2"]) == 0
+    assert "missing" not in capsys.readouterr().out
+    assert attempts(out) == {"a/seed-0": 2, "a/seed-1": 1}
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 101))  # none twice: all were saved
+    assert json.loads((run / "summary.json").read_text())["samples"]["replayed"] == 0
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_example_of_the_help(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    example = textwrap.dedent(USAGE.split("`losses.yaml`:\n")[1].split("  megaclass study")[0]).strip()
+    assert f"```yaml\n{example}\n```" in page
+    (tmp_path / "losses.yaml").write_text(example)
+    assert read_study(tmp_path / "losses.yaml").seeds == (0, 1, 2)
+    assert "megaclass study losses.yaml --out runs/losses" in page

@@ -20,7 +20,7 @@ from megaclass.train import build, loop
 from tests.support.spawn import spawn
 from tests.support.training import sample_ids, small_config, small_dataset, train
 
-SHORT, LONG = 8, 50
+SHORT, LONG = 6, 50
 # A rate at which the loss falls within a few steps; float64 has digits enough for it (see `small_config`).
 FAST = {"lr": 0.1, "warmup_steps": 0}
 LONG_RUNS: dict[str, dict[str, Any]] = {
@@ -29,7 +29,6 @@ LONG_RUNS: dict[str, dict[str, Any]] = {
     "learned bias, sampled": {
         "classifier": {"preset": "sphereface2", "sampler": "classes", "correction": "inverse-rate"}
     },
-    "learned bias": {"classifier": {"preset": "uniface"}},
     "sub-centres, label noise": {
         "classifier": {"preset": "arcface", "sub_centres": 2, "negative_filter": 0.6}, "dataset": {"label_noise": 0.2},
     },
@@ -49,10 +48,8 @@ LONG_RUNS: dict[str, dict[str, Any]] = {
             },
         },
     },
-    "partial-fc": {"classifier": {"preset": "partial-fc"}},
-    "batch sample": {"classifier": {"preset": "d-softmax-b"}},
 }  # fmt: skip
-IN_FLOAT32 = ("softmax", "arcface", "partial-fc", "d-softmax-k", "sphereface2")
+IN_FLOAT32 = ("arcface", "partial-fc", "d-softmax-k")
 
 
 def classifier_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +95,7 @@ def fit(world: World, content: dict[str, Any]) -> dict[str, Any]:
     finally:
         training.reader.close()
     return {
-        "losses": [float(result.output.loss) for result in results],
+        "losses": [float(result.output.loss.detach()) for result in results],
         "ids": [result.ids for result in results],
         "weight": training.classifier.weight.detach().clone(),
     }
@@ -139,7 +136,7 @@ def test_every_preset_agrees(runs: dict[int, list[dict[str, Any]]], preset: str)
     losses = assert_agree(runs, preset, SHORT, 1e-9)
     # The value of SFace says little: its factors are held constant, and a smaller one is not a better one.
     if preset != "sface":
-        assert sum(losses[-3:]) < sum(losses[:3])
+        assert sum(losses[-2:]) < 0.95 * sum(losses[:2])
 
 
 @pytest.mark.distributed
@@ -148,7 +145,7 @@ def test_every_preset_agrees(runs: dict[int, list[dict[str, Any]]], preset: str)
 def test_50_steps_agree(runs: dict[int, list[dict[str, Any]]], name: str) -> None:
     losses = assert_agree(runs, f"long: {name}", LONG, 1e-9)
     if name != "schedules":  # losses at two scales cannot be compared
-        assert sum(losses[-10:]) < 0.97 * sum(losses[:10])
+        assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
 @pytest.mark.distributed
@@ -156,7 +153,7 @@ def test_50_steps_agree(runs: dict[int, list[dict[str, Any]]], name: str) -> Non
 @pytest.mark.parametrize("preset", IN_FLOAT32)
 def test_50_steps_agree_in_float32(runs: dict[int, list[dict[str, Any]]], preset: str) -> None:
     losses = assert_agree(runs, f"float32: {preset}", LONG, 1e-5)
-    assert sum(losses[-10:]) < 0.97 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
 @pytest.mark.distributed

@@ -163,6 +163,16 @@ def test_bias_gradient_is_taken_once_and_sums_micro_batches() -> None:
     torch.testing.assert_close(classifier.take_bias_gradient(), whole, rtol=1e-12, atol=0)
 
 
+def test_largest_negative_cosine_is_shown_however_small() -> None:
+    """Embeddings that a batch norm left long have "cosines" far below -1."""
+    classifier = build(Case("softmax", 13, 1, "any", normalisation="batch-norm"))
+    classifier.weight.data[:] = torch.eye(7, dtype=torch.float64)[0]
+    embeddings = torch.full((1, 7), -10.0, dtype=torch.float64)
+    monitors = classifier(embeddings, torch.tensor([3]), draw_id=0, monitor=True).monitors
+    assert float(monitors.negative_cosine_max) == pytest.approx(-10 / math.sqrt(7))
+    assert float(monitors.negative_cosine_mean) == pytest.approx(-10 / math.sqrt(7))
+
+
 def test_a_loss_without_bias_or_state_has_none() -> None:
     case = Case("softmax", 13, 5, "any")
     embeddings, labels, _ = case.inputs(1)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
+import torch
 
 from megaclass import loss
+from megaclass.classifier import ShardedClassifier
 from megaclass.errors import ConfigError
 from megaclass.objectives.presets import check_exponents, resolve
+from megaclass.parallel.shard import ClassShard
 
 
 def test_a_scale_unsafe_for_float32_is_refused_with_the_largest_safe_one() -> None:
@@ -37,12 +43,16 @@ def test_a_sum_over_classes_has_no_unsafe_scale() -> None:
     loss.build(resolve("uniface", scale=500.0), 13, seed=0)
 
 
-def test_an_angle_without_unit_length_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("arcface", "margin 'angle'"), ("sphereface2", "margin 'sphereface2'"), ("sface", "objective 'sface'")],
+)
+def test_an_angle_without_unit_length_is_refused(name: str, part: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        loss.build(resolve("arcface"), 13, seed=0, normalisation="batch-norm")
+        loss.build(resolve(name), 13, seed=0, normalisation="batch-norm")
     assert str(caught.value) == (
-        "classifier.normalisation 'batch-norm' makes no sense with margin 'angle': without unit length there is no "
-        "angle; use l2, or the margins none or cosine"
+        f"classifier.normalisation 'batch-norm' makes no sense with {part}: without unit length there is no angle; "
+        "use l2, or the margins none or cosine with another objective"
     )
     assert loss.build(resolve("softmax"), 13, seed=0, normalisation="batch-norm").use_maximum
 
@@ -83,3 +93,19 @@ def test_a_single_class_is_refused(name: str) -> None:
     assert str(caught.value) == (
         "the training data has 1 class; at least 2 are needed, because the negatives of a sample are the other classes"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({"sampler": "classes", "sampling_rate": 0.25}, 0.25),
+        ({"sampler": "classes", "sampling_rate": 0.25, "correction": "inverse-rate"}, 1.0),
+        ({"sampler": "batch", "sampling_rate": 0.25}, 1.0),
+    ],
+)
+def test_the_bias_begins_for_the_negatives_that_the_sum_stands_for(options: dict[str, Any], share: float) -> None:
+    num_classes = 400
+    made = loss.build(resolve("uniface", **options), num_classes, seed=0)
+    classifier = ShardedClassifier(7, ClassShard(num_classes, 0, 1), made, seed=0, dtype=torch.float64)
+    assert classifier.bias is not None
+    assert classifier.bias.item() == pytest.approx(math.log(10 * share * num_classes), rel=1e-12)
