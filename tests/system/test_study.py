@@ -1,16 +1,10 @@
-"""`megaclass study` as a user calls it: trains what is missing, stops, goes on, and says what went wrong."""
+"""`megaclass study` as a user calls it: trains what is missing, and says what went wrong."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
-import signal
-import subprocess
-import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +24,6 @@ CASES: list[dict[str, Any]] = [
     {"name": "Softmax", "settings": {"classifier.preset": "softmax", "classifier.sampling_rate": None}},
     {"name": "K", "vary": {"classifier.sampling_rate": [0.25]}, "labels": {"loss": "D-Softmax-K"}},
 ]
-Start = Callable[[Path, Path], subprocess.Popen[str]]
 PLOT = {"file": "rates.svg", "title": "Rates", "x": "classifier.sampling_rate", "y": METRICS[0], "lines": "loss"}
 
 
@@ -252,98 +245,6 @@ def test_only_trains_the_chosen_cases_and_failed_runs_are_told_with_their_reason
     # The whole name of a case means that case, whatever letters it has.
     assert main(["study", str(path), "--out", str(out), "--only", "bad [a, b]", "--report-only"]) == 1
     assert "1 of 1 runs are missing" in capsys.readouterr().err
-
-
-# --- stopping ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts the command as a process in a process group of its own, and ends it if the test has not."""
-    started = []
-
-    def begin(path: Path, out: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "megaclass", "study", str(path), "--out", str(out), "--jobs", "1"]
-        made = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        started.append(made)
-        return made
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not (lines := read_metrics(run)) or lines[-1]["step"] < step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.05)
-
-
-def wait_until_free(run: Path, seconds: float = 120) -> None:
-    """Until no live process owns the run directory."""
-    deadline = time.monotonic() + seconds
-    with (run / ".lock").open("a") as lock:
-        while True:
-            try:
-                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                assert time.monotonic() < deadline, "the run outlives its study"
-                time.sleep(0.05)
-
-
-LONG: dict[str, Any] = {"settings": {"train.steps": 100}, "plots": []}
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_the_runs_of_a_study_that_dies_save_and_stop(dataset: Path, tmp_path: Path, start: Start) -> None:
-    out = tmp_path / "out"
-    process = start(write(tmp_path, dataset, [{"name": "a"}], **LONG), out)
-    run = out / "runs" / "a" / "seed-0"
-    wait_for_step(run, 3, process)
-    process.kill()
-    process.communicate()
-    wait_until_free(run)
-    summary = json.loads((run / "summary.json").read_text())
-    assert (summary["status"], summary["exit_code"]) == ("preempted", 75)
-    assert 3 <= summary["step"] < 100
-    assert not (out / "runs" / "a" / "seed-1").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_a_study_that_is_told_to_stop_saves_its_runs_and_goes_on(
-    dataset: Path, tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, out = write(tmp_path, dataset, [{"name": "a"}], **LONG), tmp_path / "out"
-    process = start(path, out)
-    run = out / "runs" / "a" / "seed-0"
-    wait_for_step(run, 3, process)
-    os.killpg(process.pid, signal.SIGTERM)  # as `timeout` and a closed terminal do: the whole group
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 75, errors
-    assert errors.splitlines()[-1] == (
-        "megaclass: stopped with 0 of 2 runs done; the same command goes on from there, and with --report-only it "
-        "shows what there is"
-    )
-    wait_until_free(run, seconds=0)  # it has waited for its runs
-    assert json.loads((run / "summary.json").read_text())["status"] == "preempted"
-    assert not (out / "runs" / "a" / "seed-1").exists()
-    assert not (out / "table.json").exists()
-
-    assert main(["study", str(path), "--out", str(out), "--report-only"]) == 1
-    assert "- a, seed 0: exit code 75: preempted and saved" in capsys.readouterr().out
-    assert main(["study", str(path), "--out", str(out), "--jobs", "2"]) == 0
-    assert "missing" not in capsys.readouterr().out
-    assert attempts(out) == {"a/seed-0": 2, "a/seed-1": 1}
-    lines = read_lines(run / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(1, 101))  # none twice: all were saved
-    assert json.loads((run / "summary.json").read_text())["samples"]["replayed"] == 0
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
