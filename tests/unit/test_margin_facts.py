@@ -122,5 +122,5 @@ def test_margins_say_what_they_need() -> None:
     kinds = {name: MARGINS.find(name) for name in MARGINS.names()}
     assert {name for name, kind in kinds.items() if kind.needs_norm} == {"adaface", "magface"}
     assert {name for name, kind in kinds.items() if not kind.needs_angle} == {
-        "none", "cosine", "elastic-cosine", "quadratic", "circle", "sphereface2",
+        "none", "cosine", "elastic-cosine", "quadratic", "circle",
     }  # fmt: skip

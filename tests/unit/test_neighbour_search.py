@@ -109,7 +109,6 @@ def test_nothing_to_search_gives_nothing() -> None:
 @pytest.mark.parametrize("length", [1e-30, 1e-3, 1.0, 1e30])
 def test_only_the_direction_counts(length: float) -> None:
     rows = weights(5, 31, 7)
-    assert torch.equal(directions(rows * length), directions(rows)) or length in (1e-30, 1e-3, 1e30)
     assert torch.allclose(directions(rows * length).float(), directions(rows).float(), atol=1e-3)
     assert torch.allclose(directions(rows * length).float().norm(dim=1), torch.ones(31), atol=2e-3)
 
