@@ -92,6 +92,11 @@ def _figure(plot: Plot, table: Table, cases: Sequence[Case]) -> Figure:
         notes.append(f"hollow or left out: fewer than {table.num_seeds} seeds in {where}")
     if plot.log_x and placed and not is_log:
         notes.append("not logarithmic, as not every value is a number above 0")
+    if plot.y_min is not None:
+        highest = max((point.y for points in lines.values() for point in points), default=1.0)
+        axes.set_ylim(plot.y_min, highest + 0.1 * abs(highest - plot.y_min))
+        lower = {name: sum(point.y < plot.y_min for point in points) for name, points in lines.items()}
+        notes += [f"{count} of {_plain(name)} lie lower" for name, count in lower.items() if count]
     if notes:
         figure.supxlabel("\n".join(notes), fontsize=8, color=_INK)
     _part_ticks(figure, axes)

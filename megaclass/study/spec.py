@@ -121,6 +121,7 @@ class Plot(Section):
     y: str = Field(description="one of `metrics`")
     lines: str = Field("case", description="cases alike in this are joined: an option, a label, or `case`")
     log_x: bool = Field(False, description="logarithmic horizontal axis")
+    y_min: float | None = Field(None, description="lowest value shown; a line below the picture says what lies lower")
     points_labelled: bool = Field(False, description="write what a point is beside it")
 
 

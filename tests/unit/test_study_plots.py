@@ -252,3 +252,12 @@ def test_no_text_stands_outside_the_picture(tmp_path: Path) -> None:
     assert box.y0 >= -0.01
     assert box.x1 <= drawn.get_figwidth() + 0.01
     assert box.y1 <= drawn.get_figheight() + 0.01
+
+
+def test_what_lies_below_the_lowest_value_shown_is_said() -> None:
+    drawn, axes = figure(content(*TWO_LINES), y_min=0.85)
+    assert axes.get_ylim()[0] == 0.85
+    assert "1 of K lie lower" in texts(svg(content(*TWO_LINES), y_min=0.85))
+    assert "1 of B lie lower" in texts(svg(content(*TWO_LINES), y_min=0.85))
+    assert not any("lie lower" in text for text in texts(svg(content(*TWO_LINES), y_min=0.5)))
+    assert drawn.get_supxlabel()
