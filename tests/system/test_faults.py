@@ -189,8 +189,11 @@ def _shards_of_two_nodes(world: World, content: dict[str, Any]) -> tuple[int, in
     import dataclasses
 
     two_nodes = dataclasses.replace(world, local_rank=0)
-    shard = build.build_classifier(config.validate(content), two_nodes, 37, world.size).shard
-    return shard.start, shard.stop
+    resolved = config.validate(content)
+    reader = build.build_reader(resolved, two_nodes)
+    classifier, _ = build.build_classifier(resolved, two_nodes, reader, world.size)
+    reader.close()
+    return classifier.shard.start, classifier.shard.stop
 
 
 @pytest.mark.distributed

@@ -50,8 +50,8 @@ def test_defaults_are_those_of_the_papers(name: str, scale: float, margin: float
 
 
 def test_given_options_replace_those_of_the_preset() -> None:
-    preset = resolve("d-softmax-k", sampling_rate=0.25, end_point=None, batch_positives=True, scale=20.0)
-    assert (preset.sampling_rate, preset.end_point, preset.batch_positives, preset.scale) == (0.25, 0.9, True, 20.0)
+    preset = resolve("d-softmax-k", sampling_rate=0.25, end_point=None, batch_positives=False, scale=20.0)
+    assert (preset.sampling_rate, preset.end_point, preset.batch_positives, preset.scale) == (0.25, 0.9, False, 20.0)
     assert PRESETS["d-softmax-k"].sampling_rate == 1 / 16
 
 

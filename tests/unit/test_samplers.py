@@ -245,8 +245,8 @@ GRAPH = Neighbours()
     [
         ("softmax", {}, AllRows()),
         ("d-softmax-b", {}, BatchSample(5)),
-        ("d-softmax-k", {}, ClassSample(5)),
-        ("d-softmax-k", {"batch_positives": True, "draw": "uniform"}, ClassSample(5, True, False, "uniform")),
+        ("d-softmax-k", {}, ClassSample(5, True)),
+        ("d-softmax-k", {"batch_positives": False, "draw": "uniform"}, ClassSample(5, False, False, "uniform")),
         ("sampled-softmax", {}, ClassSample(5, False, True)),
         ("sampled-softmax", {"correction": "none"}, ClassSample(5)),
         ("partial-fc", {}, PartialFC(5)),
