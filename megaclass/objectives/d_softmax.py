@@ -50,8 +50,8 @@ class DSoftmax(Objective):
 
 PRESETS["d-softmax"] = Preset("d-softmax", scale=32.0, end_point=0.9)
 PRESETS["d-softmax-b"] = Preset("d-softmax", sampler="batch", scale=32.0, end_point=0.9, sampling_rate=1 / 16)
-# The batch's own classes are among the negatives: they cost no row, since the intra term touches theirs anyway, and keep
-# much of what random rows alone lose (docs/study/README.md).
+# The batch's own classes are among the negatives: they cost no row, since the intra term touches theirs anyway, and
+# keep much of what random rows alone lose (docs/study/README.md).
 PRESETS["d-softmax-k"] = Preset(
     "d-softmax", sampler="classes", scale=32.0, end_point=0.9, sampling_rate=1 / 16, batch_positives=True
 )

@@ -176,8 +176,9 @@ def _dress(axes: Any, plot: Plot, metrics: dict[str, Metric], points: Sequence[_
     values = sorted({point.x for point in points if _is_number(point.x)})
     if values and len(values) <= _MOST_TICKS and all(_is_number(point.x) for point in points):
         # The values that were tried, and none between.
-        short = [f"{value:.3g}" for value in values]
-        axes.set_xticks(values, short if len(set(short)) == len(short) else [f"{value:g}" for value in values])
+        whole = [f"{value:,g}" for value in values]
+        short = [f"{value:.3g}" if value < 1000 else text for value, text in zip(values, whole, strict=True)]
+        axes.set_xticks(values, short if len(set(short)) == len(short) else whole)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
 

@@ -111,6 +111,14 @@ def test_only_the_values_that_were_tried_are_ticks() -> None:
     assert len(axes.xaxis.get_minorticklocs()) == 0
 
 
+def test_thousands_are_written_out() -> None:
+    drawn = content(*((f"K{rows}", None, rows, [0.9]) for rows in (30, 1000, 21150)), num_seeds=1)
+    for case in drawn[1]:
+        case.labels["x"] = int(case.name.split()[0][1:])
+    _, axes = figure(drawn, x="x", log_x=True, lines="case")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["30", "1,000", "21,150"]
+
+
 def test_error_bars_are_one_standard_error_over_the_seeds() -> None:
     _, axes = figure(content(*TWO_LINES))
     (segment,) = (
