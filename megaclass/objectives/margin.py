@@ -7,6 +7,7 @@ differentiated truly; one that is not says so in its name.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,7 +31,7 @@ class Facts:
     key: int = 0
 
 
-class Margin:
+class Margin(ABC):
     """The positive map: [batch] cosines -> [batch] adjusted cosines, elementwise.
 
     An implementation is a frozen dataclass whose fields are its own hyper-parameters beside the size of the margin.
@@ -49,9 +50,9 @@ class Margin:
     largest: ClassVar[float] = 1.0
     unit: ClassVar[str] = "in cosine"
 
+    @abstractmethod
     def __call__(self, cosine: Tensor, size: Tensor, facts: Facts) -> Tensor:
         """Adjusted cosines [batch]; `size` is the margin, a scalar or one for each sample."""
-        raise NotImplementedError
 
     def penalty(self, facts: Facts) -> Tensor | None:
         """A loss of each sample's own, [batch], that is added to its intra term; None for most."""

@@ -7,6 +7,7 @@ work chunk by chunk and keep no graph.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,7 +33,7 @@ class Positives:
     state: Tensor
 
 
-class NegativeMap:
+class NegativeMap(ABC):
     """[m, n] cosines of negatives -> [m, n] transformed, elementwise.
 
     An implementation is a frozen dataclass whose fields are its own hyper-parameters.
@@ -45,13 +46,13 @@ class NegativeMap:
     needs_positive: ClassVar[bool] = False
     initial_state: ClassVar[float | None] = None
 
+    @abstractmethod
     def bind(self, positives: Positives | None, margin: float) -> Transform | None:
         """The map for one batch; None is the identity. `margin` is the size of the margin at this step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def largest(self, margin: float) -> float:
         """The least upper bound of the map on [-1, 1]."""
-        raise NotImplementedError
 
     def next_state(self, positives: Positives) -> Tensor:
         """The running state after this batch, which the batch itself already uses."""

@@ -5,6 +5,7 @@ Separate from the implementations so that each of them imports this file and not
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,7 +34,7 @@ class Values:
     learning_rate: float = 1.0
 
 
-class Objective:
+class Objective(ABC):
     """What a loss does with the positive logit z_y and the negatives of each sample.
 
     The loss of a batch is the mean of `intra` over all its samples plus the mean of `inter` over the samples that have
@@ -56,17 +57,17 @@ class Objective:
     is_exponential: ClassVar[bool] = True
     default_end_point: ClassVar[float | None] = None
 
+    @abstractmethod
     def intra(self, positive: Tensor, values: Values, bias: Tensor | None) -> Tensor:
         """[batch] positive logits -> [batch] losses of the own class alone, elementwise."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inter(self, negatives: Tensor, positive: Tensor | None, values: Values) -> Tensor:
         """[m] log-sum-exps (minus infinity where there is no negative) or sums, and logits -> [m] losses."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end_point(self, negatives: Tensor, values: Values, bias: Tensor | None) -> Tensor:
         """The positive logit at which the pull towards the own class is half its strength: a scalar, or [m]."""
-        raise NotImplementedError
 
     def negative_function(self, values: Values, bias: Tensor | None) -> Function | None:
         """What each negative adds, for a loss that is a sum over classes; None for one built on a log-sum-exp."""
