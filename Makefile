@@ -76,6 +76,7 @@ study: data-hanglyph data-hanglyph-all data-omniglot
 	$(call STUDY,losses)
 	$(call STUDY,rates)
 	$(call STUDY,remedies)
+	$(call STUDY,long)
 	$(call STUDY,omniglot)
 	$(call STUDY,entanglement)
 	$(call STUDY,heating)
