@@ -69,7 +69,7 @@ data-cjk: $(VENV)/package
 	test -f data/cjk/dataset.json || $(BIN)/megaclass data glyphs --fonts $(FACES) --characters han \
 		--reserve hanglyph-v1:64 --min-faces 5 --min-images 4 --image-size 32 --unseen-classes 1000 --out data/cjk
 
-#   make study     every study of docs/study/ but the two below, on Han glyphs and Omniglot (about 3 hours on two cores)
+#   make study     every study of docs/study/ but the two below, on Han glyphs and Omniglot (some hours)
 STUDY = $(BIN)/megaclass study configs/study/$(1).yaml --out runs/study/$(1)
 study: data-hanglyph data-hanglyph-all data-omniglot
 	$(call STUDY,tuning)
