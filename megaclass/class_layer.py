@@ -26,8 +26,8 @@ from torch import Tensor
 
 from megaclass.counter import STREAM_MARGIN, stream_key
 from megaclass.kernels import negatives
-from megaclass.kernels.interface import Candidates, Negatives
-from megaclass.kernels.row_gradient import RowGradient, merge
+from megaclass.kernels.interface import Candidates, Negatives, rows_of
+from megaclass.kernels.row_gradient import RowGradient
 from megaclass.kernels.terms import Exponential, Summed, Term
 from megaclass.objectives.margin import Facts
 from megaclass.objectives.negative_map import Positives, filtered, filtered_function
@@ -130,8 +130,10 @@ class ClassLayer(torch.autograd.Function):
             if d_norm is not None:
                 partial = torch.cat([partial, (d_norm * grad_loss)[:, None]], dim=1)
             travelling = reduce_scatter_batch(partial * classifier.grad_divisor, classifier.group)
-            classifier.add_row_gradient(
-                merge([ctx.sums.row_pass(d_total), _own_row_gradient(embeddings, own, cosine, d_cosine)])
+            classifier.receive_rows(
+                ctx.sums.row_pass(d_total),
+                None if ctx.draw.rows is None else rows_of(ctx.draw.rows, classifier.loss.rows_per_class),
+                _own_row_gradient(embeddings, own, cosine, d_cosine),
             )
             if d_bias is not None:
                 classifier.add_bias_gradient(sum_over_ranks(d_bias * grad_loss, classifier.group))
@@ -147,9 +149,10 @@ def _own_rows(classifier: ShardedClassifier, embeddings: Tensor, labels: Tensor)
         return Own(row, row, torch.zeros_like(embeddings), embeddings.new_ones(len(row), 1))
     weight_row = row.clamp_min(0)
     if per_class > 1:
-        every = torch.nn.functional.normalize(weight.unflatten(0, (-1, per_class))[weight_row], dim=2)
+        every = weight.unflatten(0, (-1, per_class))[weight_row].to(embeddings.dtype)
+        every = torch.nn.functional.normalize(every, dim=2)
         weight_row = weight_row * per_class + torch.linalg.vecdot(every, embeddings[:, None, :]).argmax(dim=1)
-    own = weight.index_select(0, weight_row)
+    own = weight.index_select(0, weight_row).to(embeddings.dtype)
     length = own.norm(dim=1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny)
     unit = (own / length).masked_fill_(is_elsewhere[:, None], 0.0)
     return Own(row, weight_row.masked_fill(is_elsewhere, -1), unit, length)

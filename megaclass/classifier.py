@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from megaclass.class_layer import ClassLayer, Pass
 from megaclass.counter import mix
 from megaclass.errors import DataError
-from megaclass.kernels.row_gradient import RowGradient, merge
+from megaclass.kernels.interface import RowBlock
+from megaclass.kernels.row_gradient import RowGradient, RowUpdate, collect, merge
 from megaclass.loss import Balance, Loss
 from megaclass.objectives.objective import Values
 from megaclass.parallel.collectives import Group, group_size
@@ -88,6 +89,8 @@ class ShardedClassifier(nn.Module):
             stay out of any wrapper around the backbone, which would average it over ranks that hold different classes.
         bias: learned scalar, the same on every rank; None for a loss without one.
         state: running scalar of the negative map, the same on every rank; None for a loss without one.
+        row_update: writes the rows during the backward pass, block by block, where a strategy has said so; None keeps
+            their gradient until `take_row_gradient`.
         cpu_seconds: processor time this process has spent in the class layer; 0 on a GPU, where it means nothing.
     """
 
@@ -110,6 +113,8 @@ class ShardedClassifier(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
+        # Rows may be stored in bfloat16; everything that is computed from them is float32 or wider.
+        self.dtype = torch.float32 if dtype == torch.bfloat16 else dtype
         assert shard.count == group_size(group), (shard, group_size(group))
         self.dim = dim
         self.shard = shard
@@ -124,12 +129,13 @@ class ShardedClassifier(nn.Module):
             # The rate is then no share of the negatives, or the sum stands for all of them.
             values = replace(values, sampling_rate=1.0)
         initial = loss.objective.initial_bias(values, shard.num_classes)
-        bias = None if initial is None else torch.tensor(initial, dtype=dtype, device=device)
+        bias = None if initial is None else torch.tensor(initial, dtype=self.dtype, device=device)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         initial = loss.negative_map.initial_state
-        self.state = None if initial is None else torch.tensor(initial, dtype=dtype, device=device)
-        self.balance = None if balance is None else balance.to(self.weight)
+        self.state = None if initial is None else torch.tensor(initial, dtype=self.dtype, device=device)
+        self.balance = None if balance is None else balance.to(self.weight.new_empty(0, dtype=self.dtype))
         self.cpu_seconds = 0.0
+        self.row_update: RowUpdate | None = None
         self._row_gradients: list[RowGradient] = []
         self._bias_gradient: Tensor | None = None
         self._proposed_state: Tensor | None = None
@@ -155,7 +161,7 @@ class ShardedClassifier(nn.Module):
         """
         check_labels(labels, self.shard.num_classes)
         with self.timed():
-            embeddings = embeddings.to(self.weight.dtype)
+            embeddings = embeddings.to(self.dtype)
             packed = normalised(embeddings, self.loss.normalisation)
             if self.loss.margin.needs_norm:
                 packed = torch.cat([packed, torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)], dim=1)
@@ -168,9 +174,18 @@ class ShardedClassifier(nn.Module):
         pending, self._row_gradients = self._row_gradients, []
         return merge(pending) if pending else None
 
-    def add_row_gradient(self, gradient: RowGradient) -> None:
-        """Keep a row gradient until `take_row_gradient`; called by the backward pass."""
-        self._row_gradients.append(gradient)
+    def receive_rows(self, blocks: Iterator[RowBlock], rows: Tensor | None, own: RowGradient) -> None:
+        """Take what the backward pass finds for the rows: update them block by block, or keep their gradient.
+
+        Args:
+            blocks: the gradient of the candidates' rows.
+            rows: which rows those are; None: all.
+            own: the gradient of the samples' own rows.
+        """
+        if self.row_update is not None:
+            self.row_update(blocks, rows, own)
+        else:
+            self._row_gradients.append(collect(blocks, rows, len(self.weight), own))
 
     def take_bias_gradient(self) -> Tensor | None:
         """The gradient of the learned bias since the last call, a scalar, the same on every rank."""
@@ -193,7 +208,7 @@ class ShardedClassifier(nn.Module):
 
     def margin_sizes(self, own_row: Tensor, values: Values) -> Tensor:
         """The size of each sample's margin: a scalar, or [G] by class (those of other shards mean nothing)."""
-        size = self.weight.new_tensor(values.margin)
+        size = self.weight.new_tensor(values.margin, dtype=self.dtype)
         if self.balance is None or self.balance.margin_factors is None or len(self.balance.margin_factors) == 0:
             return size
         return size * self.balance.margin_factors[own_row.clamp_min(0)]
@@ -203,7 +218,7 @@ class ShardedClassifier(nn.Module):
         if self.balance is None or self.balance.weights is None:
             return None
         if len(self.balance.weights) == 0:
-            return self.weight.new_zeros(len(own_row))
+            return self.weight.new_zeros(len(own_row), dtype=self.dtype)
         return torch.where(own_row >= 0, self.balance.weights[own_row.clamp_min(0)], 0.0)
 
     @contextmanager

@@ -3,17 +3,23 @@
 Chunks run over classes and never over the batch: the batch is small, the classes are many, and a chunk of classes is
 touched once per pass. No logits matrix and no second copy of the rows ever exists; what the second pass needs of a
 chunk is kept only where it is small (`KEEP_BYTES`), and is computed again otherwise.
+
+Rows are never brought to unit length, which would be a pass over them: the inverse lengths [c] multiply the products
+[m, c], of which there are fewer numbers. The slopes a chunk hands on are those in the raw products e . w, so that the
+same matrix gives the embedding gradient (slopes @ rows) and the row gradient (slopes^T @ embeddings, less its part
+along the row).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megaclass.kernels.interface import Candidates, Monitor, Negatives
-from megaclass.kernels.row_gradient import RowGradient
+from megaclass.kernels.interface import Candidates, Monitor, Negatives, RowBlock
+from megaclass.kernels.product import low_precision, product
 from megaclass.kernels.terms import Exponential, Summed, Term
 
 # About 2,048 rows keep a chunk's logits and rows in the second- and third-level cache of a CPU core.
@@ -24,13 +30,34 @@ KEEP_BYTES = 256 * 2**20
 
 @dataclass
 class _Chunk:
-    """One chunk of classes: [m, c] contributions, and what they change by with the cosine, up to a common factor."""
+    """One chunk of classes: [m, c] contributions, and what they change by with the mapped cosine."""
 
     values: Tensor
     slopes: Tensor
     bias_slopes: Tensor | None
     best: Tensor | None  # [m, c] which sub-centre stands for the class
     shift: Tensor | None  # [m] what the exponents were reduced by
+
+
+@dataclass
+class _Rows:
+    """The rows [c * rows_per_class, dim] of one chunk as they are stored, in the type of the sums, and 1 / length."""
+
+    values: Tensor
+    inverse: Tensor
+
+
+@dataclass
+class _Kept:
+    """What the second pass needs of a chunk: slopes [m, c * rows_per_class] in the raw products, and their shift."""
+
+    slopes: Tensor
+    shift: Tensor | None
+
+
+def keeps_slopes(batch: int, num_rows: int) -> bool:
+    """Whether the slopes of so many samples and rows are kept between the passes (float32)."""
+    return batch * num_rows * 4 <= KEEP_BYTES
 
 
 def forward(
@@ -41,15 +68,15 @@ def forward(
     Cost: [m, CHUNK_ROWS] logits and [CHUNK_ROWS, dim] rows at a time, and [m, n] slopes if they fit KEEP_BYTES.
     """
     layer = _Layer(embeddings, candidates, labels, term)
-    keep = len(embeddings) * layer.num_classes * embeddings.element_size() <= KEEP_BYTES
+    keep = keeps_slopes(len(embeddings), layer.num_classes * candidates.rows_per_class)
     total, gradient = embeddings.new_zeros(len(embeddings)), torch.zeros_like(embeddings)
     maximum = embeddings.new_full((len(embeddings),), -torch.inf) if layer.use_maximum else None
     bias_derivative = torch.zeros_like(total) if isinstance(term, Summed) and term.has_bias else None
     seen = None
-    kept: list[_Chunk] = []
+    kept: list[_Kept] = []
     for start, stop in layer.chunks():
-        unit, _ = layer.unit_rows(start, stop)
-        cosines, best = layer.cosines(unit)
+        rows = layer.rows(start, stop)
+        cosines, best = layer.cosines(rows)
         if monitor:
             seen = layer.monitored(cosines, start, stop, seen)
         if maximum is not None:
@@ -63,28 +90,29 @@ def forward(
         else:
             chunk = layer.contributions(cosines, best, start, stop)
         total += chunk.values.sum(dim=1)
-        gradient.addmm_(layer.on_rows(chunk), unit, alpha=layer.factor)
         if chunk.bias_slopes is not None and bias_derivative is not None:
             bias_derivative += chunk.bias_slopes.sum(dim=1)
+        raw = layer.on_rows(chunk, rows)
+        gradient += layer.multiplied(raw, rows.values)
         if keep:
-            kept.append(_Chunk(chunk.slopes, chunk.slopes, None, chunk.best, chunk.shift))
+            kept.append(_Kept(raw, chunk.shift))
 
-    def row_pass(coefficients: Tensor) -> RowGradient:
-        values = embeddings.new_empty(layer.num_classes * candidates.rows_per_class, embeddings.shape[1])
-        weighted = embeddings * (layer.factor * coefficients)[:, None]
+    def row_pass(coefficients: Tensor) -> Iterator[RowBlock]:
+        weighted = embeddings * coefficients[:, None]
+        per_class = candidates.rows_per_class
         for number, (start, stop) in enumerate(layer.chunks()):
-            unit, length = layer.unit_rows(start, stop)
-            chunk = kept[number] if keep else layer.again(unit, start, stop, maximum)
+            rows = layer.rows(start, stop)
+            now = kept[number] if keep else layer.again(rows, start, stop, maximum)
             left = weighted
-            if chunk.shift is not None and maximum is not None:
-                left = weighted * _exponential_of_difference(chunk.shift, maximum)[:, None]
-            first, last = start * candidates.rows_per_class, stop * candidates.rows_per_class
-            direction = torch.mm(layer.on_rows(chunk).T, left, out=values[first:last])
+            if now.shift is not None and maximum is not None:
+                left = weighted * _exponential_of_difference(now.shift, maximum)[:, None]
+            direction = layer.multiplied(now.slopes.T, left)
             # Only the part across the row counts: its length is normalised away.
-            radial = torch.linalg.vecdot(unit, direction)[:, None]
-            direction.sub_(unit.mul_(radial)).div_(length)
+            radial = torch.linalg.vecdot(rows.values, direction).mul_(rows.inverse.square())
+            yield RowBlock(
+                start * per_class, stop * per_class, direction.addcmul_(rows.values, radial[:, None], value=-1)
+            )
         kept.clear()
-        return RowGradient(candidates.weight_rows, values)
 
     if monitor and seen is None:
         seen = Monitor(total.new_zeros(()), total.new_zeros(()), total.new_tensor(-torch.inf))
@@ -103,7 +131,8 @@ class _Layer:
         self.embeddings, self.candidates, self.labels, self.term = embeddings, candidates, labels, term
         self.num_classes = candidates.num_classes
         self.use_maximum = isinstance(term, Exponential) and term.use_maximum
-        # An exponential's slope is its value times the scale, which is applied to whole matrices at once.
+        self.is_low = candidates.weight.dtype == torch.bfloat16
+        # An exponential's slope is its value times the scale, which is applied together with the inverse lengths.
         self.factor = term.scale if isinstance(term, Exponential) else 1.0
 
     def chunks(self) -> list[tuple[int, int]]:
@@ -111,8 +140,8 @@ class _Layer:
         size = max(1, CHUNK_ROWS // self.candidates.rows_per_class)
         return [(start, min(start + size, self.num_classes)) for start in range(0, self.num_classes, size)]
 
-    def unit_rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Rows [c * rows_per_class, dim] brought to unit length, and their lengths [c * rows_per_class, 1]."""
+    def rows(self, start: int, stop: int) -> _Rows:
+        """The chunk's rows; a view of the class weights where they are all candidates and not bfloat16."""
         weight, rows, per_class = self.candidates.weight, self.candidates.rows, self.candidates.rows_per_class
         if rows is None:
             chunk = weight[start * per_class : stop * per_class]
@@ -120,12 +149,19 @@ class _Layer:
             chunk = weight.index_select(0, rows[start:stop])
         else:
             chunk = weight.unflatten(0, (-1, per_class)).index_select(0, rows[start:stop]).flatten(0, 1)
-        length = torch.linalg.vector_norm(chunk, dim=1, keepdim=True).clamp_min(torch.finfo(chunk.dtype).tiny)
-        return chunk / length, length
+        chunk = chunk.to(self.embeddings.dtype)
+        length = torch.linalg.vector_norm(chunk, dim=1)
+        # A row of length zero has no direction: cosine and gradient are zero.
+        return _Rows(chunk, torch.where(length > 0, 1 / length, 0.0))
 
-    def cosines(self, unit: Tensor) -> tuple[Tensor, Tensor | None]:
+    def multiplied(self, left: Tensor, right: Tensor) -> Tensor:
+        """The matrix product in the precision that the rows are stored for."""
+        with low_precision(self.is_low, left.device):
+            return product(left, right, self.is_low)
+
+    def cosines(self, rows: _Rows) -> tuple[Tensor, Tensor | None]:
         """Cosines [m, c] with each class, and which sub-centre [m, c] gave them."""
-        cosines = self.embeddings @ unit.T
+        cosines = self.multiplied(self.embeddings, rows.values.T).mul_(rows.inverse)
         if self.candidates.rows_per_class == 1:
             return cosines, None
         best = cosines.unflatten(1, (-1, self.candidates.rows_per_class)).max(dim=2)
@@ -167,20 +203,26 @@ class _Layer:
         values = exponents.sub_(maximum.clamp_min(torch.finfo(maximum.dtype).min)[:, None]).exp_()
         return _Chunk(values, values if slopes is None else slopes.mul_(values), None, best, maximum)
 
-    def again(self, unit: Tensor, start: int, stop: int, maximum: Tensor | None) -> _Chunk:
-        """The chunk computed a second time, relative to the final maximum."""
-        cosines, best = self.cosines(unit)
+    def again(self, rows: _Rows, start: int, stop: int, maximum: Tensor | None) -> _Kept:
+        """The chunk's slopes computed a second time, relative to the final maximum."""
+        cosines, best = self.cosines(rows)
         if maximum is None:
-            return self.contributions(cosines, best, start, stop)
-        exponents, slopes = self.exponents(cosines, start, stop)
-        return self.shifted(exponents, slopes, best, maximum)
+            chunk = self.contributions(cosines, best, start, stop)
+        else:
+            exponents, slopes = self.exponents(cosines, start, stop)
+            chunk = self.shifted(exponents, slopes, best, maximum)
+        return _Kept(self.on_rows(chunk, rows), chunk.shift)
 
-    def on_rows(self, chunk: _Chunk) -> Tensor:
-        """Slopes [m, c * rows_per_class]: zero for the sub-centres that do not stand for their class."""
-        if chunk.best is None:
-            return chunk.slopes
-        spread = chunk.slopes.new_zeros(*chunk.slopes.shape, self.candidates.rows_per_class)
-        return spread.scatter_(2, chunk.best[:, :, None], chunk.slopes[:, :, None]).flatten(1)
+    def on_rows(self, chunk: _Chunk, rows: _Rows) -> Tensor:
+        """Slopes [m, c * rows_per_class] in the raw products; uses the chunk up.
+
+        They are zero for the sub-centres that do not stand for their class.
+        """
+        slopes = chunk.slopes
+        if chunk.best is not None:
+            spread = slopes.new_zeros(*slopes.shape, self.candidates.rows_per_class)
+            slopes = spread.scatter_(2, chunk.best[:, :, None], slopes[:, :, None]).flatten(1)
+        return slopes.mul_(rows.inverse * self.factor)
 
     def monitored(self, cosines: Tensor, start: int, stop: int, before: Monitor | None) -> Monitor:
         """The running summary with this chunk, read while it is in cache."""

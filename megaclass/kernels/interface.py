@@ -1,17 +1,15 @@
-"""What goes into a kernel and what comes out: `Candidates`, `Negatives`.
+"""What goes into a kernel and what comes out: `Candidates`, `Negatives`, `RowBlock`.
 
 Separate so that the kernels and the seam that chooses among them can both import it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from megaclass.kernels.row_gradient import RowGradient
 
 
 @dataclass(frozen=True)
@@ -19,7 +17,8 @@ class Candidates:
     """The negatives of one shard: which of its classes, and how much each counts.
 
     Attributes:
-        weight: [classes * rows_per_class, dim], this rank's class weights, of any length; normalised inside.
+        weight: [classes * rows_per_class, dim], this rank's class weights, of any length; normalised inside. bfloat16
+            rows are multiplied with embeddings rounded to bfloat16, and summed in float32.
         rows: [n] int64 unique and sorted local classes that are negative candidates, or None for all of them.
         log_weight: [n] or a number: ln of what each contribution is multiplied by, as a correction of the sampling.
         rows_per_class: sub-centres; the one with the largest cosine stands for its class.
@@ -64,6 +63,20 @@ class Monitor:
 
 
 @dataclass(frozen=True)
+class RowBlock:
+    """The gradient of some of the candidates' rows.
+
+    Attributes:
+        start, stop: which of the rows that the candidates stand for (positions in `Candidates.weight_rows`).
+        values: [stop - start, dim], float32 (float64 for float64 rows); valid until the next block is asked for.
+    """
+
+    start: int
+    stop: int
+    values: Tensor
+
+
+@dataclass(frozen=True)
 class Negatives:
     """What the forward pass over one shard's negatives gives.
 
@@ -71,7 +84,8 @@ class Negatives:
         total: [m], sum over this shard's negatives of what each contributes, divided by e^{maximum} where there is
             one; partial: sum over shards (after bringing the maxima together).
         embedding_gradient: [m, dim], gradient of `total` in each embedding; partial: sum over shards.
-        row_pass: [m] derivatives of the loss in each `total` -> gradient of the rows; may be called once.
+        row_pass: [m] derivatives of the loss in each `total` -> the gradient of the candidates' rows, block by block in
+            rising order; may be called once.
         maximum: [m], this shard's largest exponent of each sample, for a term that uses it; minus infinity where there
             is no negative.
         bias_derivative: [m], derivative of `total` in the learned bias, for a term that has one; partial.
@@ -80,7 +94,7 @@ class Negatives:
 
     total: Tensor
     embedding_gradient: Tensor
-    row_pass: Callable[[Tensor], RowGradient]
+    row_pass: Callable[[Tensor], Iterator[RowBlock]]
     maximum: Tensor | None = None
     bias_derivative: Tensor | None = None
     monitor: Monitor | None = None

@@ -18,11 +18,10 @@ from typing import Protocol
 from torch import Tensor
 
 from megaclass.kernels import chunked, reference
-from megaclass.kernels.interface import Candidates, Negatives
-from megaclass.kernels.row_gradient import RowGradient
+from megaclass.kernels.interface import Candidates, Negatives, RowBlock
 from megaclass.kernels.terms import Exponential, Summed, Term
 
-__all__ = ["KERNELS", "Candidates", "Exponential", "Kernel", "Negatives", "RowGradient", "Summed", "Term", "forward"]
+__all__ = ["KERNELS", "Candidates", "Exponential", "Kernel", "Negatives", "RowBlock", "Summed", "Term", "forward"]
 
 
 class Kernel(Protocol):

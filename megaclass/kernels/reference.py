@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from megaclass.kernels.interface import Candidates, Monitor, Negatives
-from megaclass.kernels.row_gradient import RowGradient
+from megaclass.kernels.interface import Candidates, Monitor, Negatives, RowBlock
 from megaclass.kernels.terms import Exponential, Term
 
 
@@ -19,12 +20,14 @@ def forward(
     """
     weight, per_class = candidates.weight, candidates.rows_per_class
     rows = candidates.weight_rows
-    active = weight if rows is None else weight[rows]
+    active = (weight if rows is None else weight[rows]).to(embeddings.dtype)
     classes = torch.arange(len(active) // per_class, device=weight.device)
     if candidates.rows is not None:
         classes = candidates.rows
-    length = active.norm(dim=1, keepdim=True).clamp_min(torch.finfo(active.dtype).tiny)
-    unit = active / length
+    # A row of length zero has no direction: cosine and gradient are zero.
+    length = active.norm(dim=1, keepdim=True)
+    inverse = torch.where(length > 0, 1 / length, 0.0)
+    unit = active * inverse
     every = (embeddings @ unit.T).unflatten(1, (len(classes), per_class))
     cosines, best = every.max(dim=2)
     is_negative = labels[:, None] != classes[None, :]
@@ -47,10 +50,10 @@ def forward(
 
     on_best = torch.zeros_like(every).scatter_(2, best[:, :, None], slopes[:, :, None]).flatten(1)
 
-    def row_pass(coefficients: Tensor) -> RowGradient:
+    def row_pass(coefficients: Tensor) -> Iterator[RowBlock]:
         direction = (coefficients[:, None] * on_best).T @ embeddings
         tangential = direction - unit * (unit * direction).sum(dim=1, keepdim=True)
-        return RowGradient(rows, tangential / length)
+        yield RowBlock(0, len(unit), tangential * inverse)
 
     seen = None
     if monitor:

@@ -6,11 +6,13 @@ the size of the whole matrix is ever made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from megaclass.kernels.interface import RowBlock
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,53 @@ class RowGradient:
     """Gradients of the rows `rows` of this rank's class weights.
 
     Attributes:
-        rows: [n] int64, unique and sorted; None means all rows, in order.
-        values: [n, dim], in the class weights' type (at least float32).
+        rows: [n] int64, unique; None means all rows, in order.
+        values: [n, dim], float32 (float64 for float64 rows).
     """
 
     rows: Tensor | None
     values: Tensor
+
+
+# Candidates' blocks, which rows they are (None: all), the samples' own rows -> the rows are updated.
+RowUpdate = Callable[[Iterator[RowBlock], Tensor | None, RowGradient], None]
+
+
+def collect(blocks: Iterable[RowBlock], rows: Tensor | None, num_rows: int, own: RowGradient) -> RowGradient:
+    """The gradient of the candidates' rows and that of the samples' own rows as one.
+
+    Args:
+        blocks: the gradient of the candidates' rows, as the kernel makes it.
+        rows: [n] which rows those are, sorted; None: all `num_rows`.
+        num_rows: rows of the shard.
+        own: gradients of the samples' own rows; its rows are given and sorted.
+
+    Cost: one buffer [n (+ own rows that are no candidates), dim], filled block by block.
+    """
+    assert own.rows is not None
+    dim = own.values.shape[1]
+    if rows is None:
+        values = own.values.new_empty(num_rows, dim)
+        for block in blocks:
+            values[block.start : block.stop] = block.values
+        return RowGradient(None, values.index_add_(0, own.rows, own.values))
+    position, is_candidate = found(own.rows, rows)
+    alone = (~is_candidate).nonzero()[:, 0]
+    values = own.values.new_empty(len(rows) + len(alone), dim)
+    for block in blocks:
+        values[block.start : block.stop] = block.values
+    values[len(rows) :] = own.values[alone]
+    together = is_candidate.nonzero()[:, 0]
+    values.index_add_(0, position[together], own.values[together])
+    return RowGradient(torch.cat([rows, own.rows[alone]]), values)
+
+
+def found(wanted: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each of `wanted` [k] stands in sorted `rows` [n] (a place to read without fault), and whether it does."""
+    if len(rows) == 0:
+        return torch.zeros_like(wanted), torch.zeros_like(wanted, dtype=torch.bool)
+    position = torch.searchsorted(rows, wanted).clamp_max_(len(rows) - 1)
+    return position, rows[position] == wanted
 
 
 def merge(gradients: Sequence[RowGradient]) -> RowGradient:
