@@ -87,7 +87,7 @@ class ClassLayer(torch.autograd.Function):
         """Steps 1 to 6."""
         loss, group = classifier.loss, classifier.group
         with torch.autocast(packed.device.type, enabled=False):
-            gathered = all_gather_batch(packed, group)
+            gathered = all_gather_batch(_as_sent(packed, classifier), group).to(packed.dtype)
             labels = all_gather_batch(labels, group)
             embeddings = gathered[:, : classifier.dim]
             norm = gathered[:, classifier.dim] if loss.margin.needs_norm else None
@@ -138,6 +138,19 @@ class ClassLayer(torch.autograd.Function):
             if d_bias is not None:
                 classifier.add_bias_gradient(sum_over_ranks(d_bias * grad_loss, classifier.group))
             return travelling.wait(), None, None, None
+
+
+def _as_sent(packed: Tensor, classifier: ShardedClassifier) -> Tensor:
+    """Embeddings as they travel: bfloat16 where the rows are, as their products take them so; gradients stay float32.
+
+    All terms of the loss then see the same embedding, and the loss is that of the rounded one.
+    """
+    if classifier.weight.dtype != torch.bfloat16:
+        return packed
+    rounded = packed.bfloat16()
+    if not classifier.loss.margin.needs_norm:
+        return rounded
+    return torch.cat([rounded[:, : classifier.dim].to(packed.dtype), packed[:, classifier.dim :]], dim=1)
 
 
 def _own_rows(classifier: ShardedClassifier, embeddings: Tensor, labels: Tensor) -> Own:
