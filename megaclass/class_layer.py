@@ -106,7 +106,7 @@ class ClassLayer(torch.autograd.Function):
                 kernel=classifier.kernel,
             )
             terms, derivatives = _loss_and_derivatives(classifier, cosine, own, facts, sums, draw, this)
-        ctx.classifier, ctx.sums, ctx.draw = classifier, sums, draw
+        ctx.classifier, ctx.sums, ctx.draw, ctx.loss = classifier, sums, draw, terms[0].detach()
         ctx.save_for_backward(
             embeddings, own.row, own.weight_row, own.unit, own.length, cosine,
             derivatives.cosine, derivatives.total, derivatives.norm, derivatives.bias,
@@ -134,6 +134,7 @@ class ClassLayer(torch.autograd.Function):
                 ctx.sums.row_pass(d_total),
                 None if ctx.draw.rows is None else rows_of(ctx.draw.rows, classifier.loss.rows_per_class),
                 _own_row_gradient(embeddings, own, cosine, d_cosine),
+                ctx.loss,
             )
             if d_bias is not None:
                 classifier.add_bias_gradient(sum_over_ranks(d_bias * grad_loss, classifier.group))

@@ -174,18 +174,20 @@ class ShardedClassifier(nn.Module):
         pending, self._row_gradients = self._row_gradients, []
         return merge(pending) if pending else None
 
-    def receive_rows(self, blocks: Iterator[RowBlock], rows: Tensor | None, own: RowGradient) -> None:
+    def receive_rows(self, blocks: Iterator[RowBlock], rows: Tensor | None, own: RowGradient, loss: Tensor) -> None:
         """Take what the backward pass finds for the rows: update them block by block, or keep their gradient.
 
         Args:
             blocks: the gradient of the candidates' rows.
             rows: which rows those are; None: all.
             own: the gradient of the samples' own rows.
+            loss: of this pass, the same on every rank; rows are not written where it is not finite (on CUDA that
+                waits for the device).
         """
-        if self.row_update is not None:
-            self.row_update(blocks, rows, own)
-        else:
+        if self.row_update is None:
             self._row_gradients.append(collect(blocks, rows, len(self.weight), own))
+        elif bool(torch.isfinite(loss)):
+            self.row_update(blocks, rows, own)
 
     def take_bias_gradient(self) -> Tensor | None:
         """The gradient of the learned bias since the last call, a scalar, the same on every rank."""

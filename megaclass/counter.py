@@ -14,7 +14,7 @@ from torch import Tensor
 
 _MASK = (1 << 64) - 1
 # What a draw is for; keeps the uses of randomness in one draw apart.
-STREAM_ROWS, STREAM_BATCH, STREAM_MARGIN = 1, 2, 3
+STREAM_ROWS, STREAM_BATCH, STREAM_MARGIN, STREAM_ROUNDING = 1, 2, 3, 4
 
 
 def mix(x: int) -> int:
@@ -32,7 +32,12 @@ def stream_key(seed: int, stream: int, draw_id: int) -> int:
 
 def hashed(key: int, counters: Tensor) -> Tensor:
     """Evenly distributed int64 numbers in [0, 2^63), one for each counter [n] int64."""
-    return _mix_tensor(counters + signed(key + 1)).bitwise_and_(_SHIFT_MASKS[1])
+    return _mix_in_place(counters + signed(key + 1)).bitwise_and_(_SHIFT_MASKS[1])
+
+
+def hashed_bits(key: int, counters: Tensor) -> Tensor:
+    """64 random bits as an int64 for each counter [...] int64; the counters are used up."""
+    return _mix_in_place(counters.add_(signed(key + 1)))
 
 
 def hashed_on_host(key: int, counter: int) -> int:
@@ -58,9 +63,9 @@ def signed(x: int) -> int:
 _SHIFT_MASKS = {n: (1 << (64 - n)) - 1 for n in (1, 27, 30, 31)}
 
 
-def _mix_tensor(x: Tensor) -> Tensor:
-    """`mix` of int64 tensors, whose products wrap like unsigned ones."""
-    x = x + signed(0x9E3779B97F4A7C15)
-    x = (x ^ ((x >> 30) & _SHIFT_MASKS[30])) * signed(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & _SHIFT_MASKS[27])) * signed(0x94D049BB133111EB)
-    return x ^ ((x >> 31) & _SHIFT_MASKS[31])
+def _mix_in_place(x: Tensor) -> Tensor:
+    """`mix` of int64 tensors, whose products wrap like unsigned ones; in place."""
+    x.add_(signed(0x9E3779B97F4A7C15))
+    x.bitwise_xor_((x >> 30).bitwise_and_(_SHIFT_MASKS[30])).mul_(signed(0xBF58476D1CE4E5B9))
+    x.bitwise_xor_((x >> 27).bitwise_and_(_SHIFT_MASKS[27])).mul_(signed(0x94D049BB133111EB))
+    return x.bitwise_xor_((x >> 31).bitwise_and_(_SHIFT_MASKS[31]))

@@ -103,7 +103,18 @@ def test_the_table_of_layers_in_contributing_is_this_one() -> None:
 
 # What the pure packages may import of ours, beside themselves.
 PURE = {"objectives": ("megaclass.errors", "megaclass.counter", "megaclass.kernels.terms"), "kernels": ()}
-STANDARD = {"__future__", "abc", "collections", "dataclasses", "typing", "math", "functools", "difflib", "itertools", "contextlib"}
+STANDARD = {
+    "__future__",
+    "abc",
+    "collections",
+    "dataclasses",
+    "typing",
+    "math",
+    "functools",
+    "difflib",
+    "itertools",
+    "contextlib",
+}
 
 
 def test_objectives_and_kernels_are_pure() -> None:

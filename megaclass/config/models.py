@@ -150,14 +150,27 @@ class Classifier(Section):
         "l2", description="embeddings of unit length, or a last batch norm divided by sqrt(dim)"
     )
     kernel: Literal["auto", "reference", "chunked"] = Field("auto", description="implementation of the class layer")
-    row_dtype: Literal["float32"] = Field("float32", description="type of the stored class rows")
+    row_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type of the stored class rows; bfloat16: half the memory, rounded stochastically"
+    )
 
 
 class Optim(Section):
     """Optimizers and the schedule of the learning rate."""
 
     name: Literal["sgd", "adamw"] = Field("sgd", description="optimizer of the backbone")
-    class_name: Literal["sgd", "adamw"] = Field("sgd", description="row-sparse optimizer of the class weights")
+    class_name: Literal["sgd", "adamw", "adagrad"] = Field(
+        "sgd", description="row-sparse optimizer of the class weights; adagrad keeps one number per row"
+    )
+    row_momentum_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="class_name sgd: type of the rows' momentum"
+    )
+    untouched_rows: Literal["lazy", "dense"] = Field(
+        "lazy", description="class rows without a gradient stay as they are, or move on by momentum (all rows, slow)"
+    )
+    row_update: Literal["deferred", "fused"] = Field(
+        "deferred", description="fused: the backward pass writes class rows block by block, without a gradient of them"
+    )
     lr: float = Field(0.1, gt=0, description="learning rate at the reference batch size")
     class_lr: float | None = Field(None, gt=0, description="learning rate of the class weights; default: lr")
     reference_batch_size: int | None = Field(
@@ -271,6 +284,7 @@ class Config(Section):
             )
         if any(not 0 <= beta < 1 for beta in self.optim.betas):
             faults.append(f"optim.betas {self.optim.betas}: each must lie in [0, 1)")
+        faults += self._row_faults()
         wanted = self.evaluate.best_metric.split(".")[0].replace("_", "-")
         if self.evaluate.every is not None and wanted not in self.evaluate.protocols:
             faults.append(
@@ -280,6 +294,34 @@ class Config(Section):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _row_faults(self) -> list[str]:
+        """What the optimizer of the class rows cannot do."""
+        optim, faults = self.optim, []
+        if optim.row_momentum_dtype != "float32" and (optim.class_name != "sgd" or not optim.momentum):
+            faults.append(
+                f"optim.row_momentum_dtype {optim.row_momentum_dtype} is for optim.class_name sgd with momentum; leave "
+                "it out"
+            )
+        if self.train.precision == "float64" and "bfloat16" in (self.classifier.row_dtype, optim.row_momentum_dtype):
+            faults.append("train.precision float64 keeps class rows and momentum in float64; take bfloat16 out")
+        if optim.row_update == "fused":
+            if optim.clip_norm is not None:
+                faults.append(
+                    f"optim.row_update fused writes class rows before their norm is known, so optim.clip_norm "
+                    f"{optim.clip_norm} cannot hold for them; use optim.clip_norm none or optim.row_update deferred"
+                )
+            if self.train.accumulation_steps > 1:
+                faults.append(
+                    f"optim.row_update fused writes class rows after every micro-batch, and "
+                    f"train.accumulation_steps is {self.train.accumulation_steps}; use 1 or optim.row_update deferred"
+                )
+            if optim.untouched_rows == "dense":
+                faults.append(
+                    "optim.row_update fused sees only rows that have a gradient; use optim.untouched_rows lazy or "
+                    "optim.row_update deferred"
+                )
+        return faults
 
     def to_yaml(self) -> str:
         """The configuration as YAML that `load` reads back to an equal one."""

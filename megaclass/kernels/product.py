@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ def low_precision(is_low: bool, device: torch.device) -> Iterator[None]:
     if not is_low or device.type != "cpu":
         yield
         return
-    backend = torch.backends.mkldnn.matmul
+    backend: Any = torch.backends.mkldnn
+    backend = backend.matmul
     before = backend.fp32_precision
     backend.fp32_precision = "bf16"
     try:

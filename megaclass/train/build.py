@@ -60,8 +60,7 @@ def build(config: Config, world: World) -> Training:
     """
     check_batch(config, world.size)
     reader = build_reader(config, world)
-    dtype = row_dtype(config)
-    backbone = build_backbone(config, world).to(dtype=dtype)
+    backbone = build_backbone(config, world).to(dtype=backbone_dtype(config))
     backbone_rate, _ = base_rates(config.optim, config.train.global_batch_size)
     strategy = DDPStrategy(backbone, backbone_optimizer.build(backbone, config.optim, backbone_rate), world)
     classifier, graph = build_classifier(config, world, reader, strategy.grad_divisor)
@@ -78,7 +77,13 @@ def build(config: Config, world: World) -> Training:
         reader=reader,
         strategy=strategy,
         classifier=classifier,
-        row_optimizer=rowwise.build(config.optim.class_name, classifier.weight.detach(), config.optim),
+        row_optimizer=rowwise.build(
+            config.optim.class_name,
+            classifier.weight.detach(),
+            config.optim,
+            seed=config.train.seed,
+            first_row=classifier.shard.start * classifier.loss.rows_per_class,
+        ),
         bias_optimizer=None
         if classifier.bias is None
         else rowwise.build(config.optim.class_name, classifier.bias.detach().view(1, 1), config.optim),
@@ -203,9 +208,14 @@ def build_loss(config: Config, preset: presets.Preset, num_classes: int, graph: 
     )
 
 
-def row_dtype(config: Config) -> torch.dtype:
-    """The type the class rows and the backbone's parameters are kept in."""
+def backbone_dtype(config: Config) -> torch.dtype:
+    """The type the backbone's parameters are kept in."""
     return torch.float64 if config.train.precision == "float64" else torch.float32
+
+
+def row_dtype(config: Config) -> torch.dtype:
+    """The type the class rows are kept in."""
+    return torch.bfloat16 if config.classifier.row_dtype == "bfloat16" else backbone_dtype(config)
 
 
 def number_of_steps(config: Config, reader: Reader) -> int:

@@ -38,7 +38,13 @@ def describe(config: Config) -> str:
     steps = build.number_of_steps(config, reader)
     shards = [ClassShard(reader.num_classes, rank, size) for rank in range(size)]
     row_bytes = config.classifier.sub_centres * config.backbone.dim * build.row_dtype(config).itemsize
-    states = {"sgd": 1 if config.optim.momentum else 0, "adamw": 2}[config.optim.class_name]
+    numbers = config.classifier.sub_centres * config.backbone.dim
+    momentum_bytes = 2 if config.optim.row_momentum_dtype == "bfloat16" else build.backbone_dtype(config).itemsize
+    state_bytes = {
+        "sgd": numbers * momentum_bytes if config.optim.momentum else 0,
+        "adamw": 2 * numbers * build.backbone_dtype(config).itemsize + 8 * config.classifier.sub_centres,
+        "adagrad": build.backbone_dtype(config).itemsize * config.classifier.sub_centres,
+    }[config.optim.class_name]
     lines = [
         "# resolved configuration",
         config.to_yaml(),
@@ -47,7 +53,8 @@ def describe(config: Config) -> str:
         f"{preset.sampler}; at the start {preset.values(0.0)}, at the end {preset.values(1.0)}",
         f"ranks: {size}; rows per rank: {', '.join(str(shard.num_rows) for shard in shards[:8])}"
         f"{', ...' if size > 8 else ''}",
-        f"class rows and optimizer state of the largest shard: {(1 + states) * shards[0].num_rows * row_bytes:,} bytes",
+        "class rows and optimizer state of the largest shard: "
+        f"{shards[0].num_rows * (row_bytes + state_bytes):,} bytes",
         f"backbone: {sum(parameter.numel() for parameter in backbone.parameters()):,} parameters",
         f"steps: {steps}, {steps * config.train.global_batch_size / reader.num_samples:.2f} epochs of "
         f"{reader.num_samples:,} samples",

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from megaclass.classifier import ClassifierOutput, Monitors, ShardedClassifier
 from megaclass.config import Config
 from megaclass.data.batch import Batch, Reader
+from megaclass.errors import NumericError
+from megaclass.kernels.interface import RowBlock
 from megaclass.kernels.row_gradient import RowGradient
 from megaclass.neighbours import NeighbourGraph
 from megaclass.optim.clip import clip_coefficient, joint_norm
@@ -134,6 +137,10 @@ def train_step(
     # The numbers for people are computed in the steps that are logged, and only there.
     monitor = (training.step + 1) % training.config.run.log_every == 0 or training.step + 1 == training.num_steps
     before_head = classifier.cpu_seconds
+    if training.config.optim.row_update == "fused":
+        classifier.row_update = partial(
+            _update_in_backward, training, _rates(training, values.learning_rate)["classes"]
+        )
     if training.graph is not None:
         training.graph.advance(classifier.weight.detach(), training.step)
     data_wait_seconds = 0.0
@@ -154,7 +161,8 @@ def train_step(
         outputs.append(output)
         used.append(Batch(batch.images.new_empty(0), batch.labels, batch.ids, batch.position, batch.skipped))
     before_update(used)
-    norm, is_taken, rates = _update(training, values.learning_rate)
+    is_loss_finite = training.config.optim.row_update == "deferred" or bool(torch.isfinite(outputs[0].loss))
+    norm, is_taken, rates = _update(training, values.learning_rate, is_loss_finite)
     return StepResult(
         output=_mean(outputs),
         grad_norm=norm,
@@ -167,7 +175,22 @@ def train_step(
     )
 
 
-def _update(training: Training, rate_factor: float) -> tuple[Tensor, bool, dict[str, float]]:
+def _rates(training: Training, rate_factor: float) -> dict[str, float]:
+    """The learning rates of `backbone` and `classes` in this step; `rate_factor` is the loss's own course."""
+    config = training.config
+    factor = rate_factor * learning_rate_factor(config.optim, training.step, training.num_steps)
+    backbone, classes = base_rates(config.optim, config.train.global_batch_size)
+    return {"backbone": backbone * factor, "classes": classes * factor}
+
+
+def _update_in_backward(
+    training: Training, lr: float, blocks: Iterator[RowBlock], rows: Tensor | None, own: RowGradient
+) -> None:
+    """Row updates of the fused kind, called by the backward pass once the loss is known to be finite."""
+    training.row_optimizer.step_in_backward(blocks, rows, own, lr, training.step)
+
+
+def _update(training: Training, rate_factor: float, is_loss_finite: bool) -> tuple[Tensor, bool, dict[str, float]]:
     """Clip jointly and step both optimizers, or neither where the norm is not finite.
 
     The norm is the same number on every rank: backbone gradients are replicated, and the class rows' part is summed
@@ -176,14 +199,19 @@ def _update(training: Training, rate_factor: float) -> tuple[Tensor, bool, dict[
     """
     config, strategy, classifier = training.config, training.strategy, training.classifier
     gradient = classifier.take_row_gradient()
-    assert gradient is not None
+    is_fused = config.optim.row_update == "fused"
+    assert (gradient is None) == is_fused
     bias_gradient = classifier.take_bias_gradient()
     replicated = [*strategy.gradients(), *([] if bias_gradient is None else [bias_gradient])]
-    norm = joint_norm(replicated, gradient.values, training.world.group)
-    factor = rate_factor * learning_rate_factor(config.optim, training.step, training.num_steps)
-    backbone_rate, class_rate = base_rates(config.optim, config.train.global_batch_size)
-    rates = {"backbone": backbone_rate * factor, "classes": class_rate * factor}
+    norm = joint_norm(replicated, None if gradient is None else gradient.values, training.world.group)
+    rates = _rates(training, rate_factor)
     is_finite = bool(torch.isfinite(norm))
+    if is_fused and is_loss_finite and not is_finite:
+        raise NumericError(
+            f"step {training.step + 1}: the backbone's gradient is not finite although the loss is, and with "
+            "optim.row_update fused the class rows have moved already; go on from the last checkpoint with "
+            "optim.row_update deferred, or lower optim.lr"
+        )
     classifier.keep_state(is_finite)
     if not is_finite:
         strategy.skip()
@@ -191,9 +219,12 @@ def _update(training: Training, rate_factor: float) -> tuple[Tensor, bool, dict[
     limit = config.optim.clip_norm
     coefficient = torch.ones_like(norm) if limit is None else clip_coefficient(norm, limit)
     strategy.step(rates["backbone"], coefficient)
-    with classifier.timed():
-        values = gradient.values.mul_(coefficient.to(gradient.values.dtype))
-        training.row_optimizer.step(RowGradient(gradient.rows, values), rates["classes"])
+    if gradient is not None:
+        with classifier.timed():
+            values = gradient.values
+            if limit is not None:
+                values.mul_(coefficient.to(values.dtype))
+            training.row_optimizer.step(RowGradient(gradient.rows, values), rates["classes"], training.step)
     if training.bias_optimizer is not None and bias_gradient is not None:
         step = (bias_gradient * coefficient.to(bias_gradient.dtype)).view(1, 1)
         training.bias_optimizer.step(RowGradient(None, step), rates["classes"])

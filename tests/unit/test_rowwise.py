@@ -10,9 +10,10 @@ from torch import nn
 
 from megaclass.config import Optim
 from megaclass.errors import ConfigError
-from megaclass.kernels.row_gradient import RowGradient
+from megaclass.kernels.interface import RowBlock
+from megaclass.kernels.row_gradient import RowGradient, collect
 from megaclass.optim import rowwise
-from megaclass.optim.rowwise import RowAdamW, RowSGD, build
+from megaclass.optim.rowwise import RowAdagrad, RowAdamW, RowSGD, build
 from tests.support.largest import Largest
 
 NUM_ROWS, DIM = 13, 7
@@ -37,6 +38,7 @@ CASES = [
     ),
     (lambda w: RowAdamW(w, betas=(0.0, 0.0)), lambda p: torch.optim.AdamW(p, betas=(0.0, 0.0), weight_decay=0.0)),
 ]
+LAZY = [*(case[0] for case in CASES), RowAdagrad]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), CASES)
@@ -60,7 +62,7 @@ def test_all_rows_equal_torch(ours, theirs, as_rows, block_rows, monkeypatch):
     torch.testing.assert_close(weight, reference.detach(), rtol=1e-13, atol=2e-15)
 
 
-@pytest.mark.parametrize("ours", [case[0] for case in CASES])
+@pytest.mark.parametrize("ours", LAZY)
 @settings(max_examples=15, deadline=None)
 @given(draws=st.lists(st.sets(st.integers(0, NUM_ROWS - 1)), min_size=1, max_size=4))
 def test_rows_not_drawn_are_untouched_to_the_bit(ours, draws):
@@ -79,7 +81,7 @@ def test_rows_not_drawn_are_untouched_to_the_bit(ours, draws):
             assert not len(rows) or not torch.equal(tensor[rows], before[name][rows]), name
 
 
-@pytest.mark.parametrize("ours", [case[0] for case in CASES])
+@pytest.mark.parametrize("ours", LAZY)
 def test_a_row_moves_as_if_its_own_draws_were_all_the_steps(ours):
     weight, alone = _weight(), _weight()[4:5].clone()
     optimizer, single = ours(weight), ours(alone)
@@ -93,7 +95,7 @@ def test_a_row_moves_as_if_its_own_draws_were_all_the_steps(ours):
     assert torch.equal(weight[4], alone[0])
 
 
-@pytest.mark.parametrize("ours", [case[0] for case in CASES])
+@pytest.mark.parametrize("ours", LAZY)
 @pytest.mark.parametrize("rows", [None, torch.empty(0, dtype=torch.int64)])
 def test_an_empty_shard_and_an_empty_draw_work(ours, rows):
     empty = _weight(0)
@@ -129,7 +131,7 @@ def test_build_follows_the_configuration():
     assert build("sgd", weight, Optim(momentum=0.0)).state == {}
     build("sgd", weight, Optim(weight_decay=0.5)).step(RowGradient(None, torch.zeros_like(weight)), 0.1)
     assert torch.equal(weight, _weight())
-    with pytest.raises(ConfigError, match=r"optim.class_name: 'lamb' is not known; allowed are sgd, adamw"):
+    with pytest.raises(ConfigError, match=r"optim.class_name: 'lamb' is not known; allowed are sgd, adamw, adagrad"):
         build("lamb", weight, Optim())
 
 
@@ -141,7 +143,7 @@ def test_mismatched_values_are_caught():
         optimizer.step(RowGradient(torch.tensor([1, 2]), torch.zeros(1, DIM, dtype=torch.float64)), 0.1)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adagrad"])
 def test_a_step_makes_nothing_larger_than_the_drawn_rows(name):
     """The peer's optimizer touches the whole shard whatever was drawn."""
     weight = torch.randn(5000, 8)
@@ -149,3 +151,110 @@ def test_a_step_makes_nothing_larger_than_the_drawn_rows(name):
     with Largest() as step:
         optimizer.step(RowGradient(torch.arange(0, 5000, 100), torch.randn(50, 8)), 0.1)
     assert 0 < step.numel <= 50 * 8
+
+
+@pytest.mark.parametrize(("ours", "theirs"), CASES)
+@pytest.mark.parametrize("block_rows", [5, 4096])
+def test_dense_rows_equal_torch_whatever_was_drawn(ours, theirs, block_rows, monkeypatch):
+    """With `is_dense` rows without a gradient get one of zero, as in the public peer."""
+    monkeypatch.setattr(rowwise, "_BLOCK_ROWS", block_rows)
+    weight, reference = _weight(), nn.Parameter(_weight())
+    row_optimizer, torch_optimizer = ours(weight), theirs([reference])
+    row_optimizer._is_dense = True
+    generator = torch.Generator().manual_seed(2)
+    for rows in ([12, 3, 4], [], [0, 1, 2, 3], list(range(13)), [5]):
+        values = torch.randn(len(rows), DIM, generator=generator, dtype=torch.float64)
+        where = torch.tensor(rows, dtype=torch.int64)
+        row_optimizer.step(RowGradient(where, values), 0.05)
+        reference.grad = torch.zeros_like(weight).index_add_(0, where, values)
+        for group in torch_optimizer.param_groups:
+            group["lr"] = 0.05
+        torch_optimizer.step()
+    torch.testing.assert_close(weight, reference.detach(), rtol=1e-13, atol=2e-15)
+
+
+def test_adagrad_follows_its_formula():
+    weight = _weight()
+    optimizer = RowAdagrad(weight, eps=1e-3)
+    generator = torch.Generator().manual_seed(2)
+    expected, total = _weight(), torch.zeros(NUM_ROWS, dtype=torch.float64)
+    for rows in ([0, 4], [4], [4, 12]):
+        values = torch.randn(len(rows), DIM, generator=generator, dtype=torch.float64)
+        optimizer.step(RowGradient(torch.tensor(rows), values), 0.3)
+        for row, value in zip(rows, values, strict=True):
+            total[row] += sum(float(number) ** 2 for number in value) / DIM
+            expected[row] -= 0.3 * value / (float(total[row]) ** 0.5 + 1e-3)
+    torch.testing.assert_close(weight, expected)
+    torch.testing.assert_close(optimizer.state["square_sum"], total)
+
+
+BF16 = [
+    lambda w, **more: RowSGD(w, momentum=0.9, **more),
+    lambda w, **more: RowSGD(w, momentum=0.9, momentum_dtype=torch.bfloat16, **more),
+    lambda w, **more: RowAdamW(w, betas=(0.9, 0.999), **more),
+    RowAdagrad,
+]
+
+
+@pytest.mark.parametrize("ours", BF16)
+def test_rows_of_bfloat16_move_like_those_of_float32(ours):
+    """Two hundred equal steps, each far below the spacing of bfloat16: rounding to the nearest would not move."""
+    exact, low = torch.full((64, 33), 0.75), torch.full((64, 33), 0.75).bfloat16()
+    first, second = ours(exact), ours(low, seed=3)
+    assert all(entry.dtype in (torch.float32, torch.bfloat16, torch.int64) for entry in second.state.values())
+    values = torch.linspace(-1, 1, 33).repeat(64, 1)
+    for number in range(200):
+        for optimizer in (first, second):
+            optimizer.step(RowGradient(torch.arange(64), values), 1e-5, number)
+    moved, wanted = (low.float() - 0.75).mean(dim=0), (exact - 0.75).mean(dim=0)
+    # Each number takes 200 random decisions over a spacing of 2^-9 ... 2^-8; 64 rows are averaged.
+    deviation = (float(wanted.abs().max()) * 2**-8 / 64) ** 0.5
+    assert float((moved - wanted).abs().max()) < 5 * deviation
+    assert float(moved @ wanted) > 0
+
+
+@pytest.mark.parametrize("ours", BF16)
+def test_rounding_knows_neither_shard_nor_order(ours):
+    """Two shards, the second one's rows updated in another order: the same rows to the bit."""
+    start = torch.randn(NUM_ROWS, DIM, generator=torch.Generator().manual_seed(1)).bfloat16()
+    whole, parts = start.clone(), [start[:5].clone(), start[5:].clone()]
+    together = ours(whole, seed=7)
+    apart = [ours(parts[0], seed=7), ours(parts[1], seed=7, first_row=5)]
+    for number in range(3):
+        values = torch.randn(NUM_ROWS, DIM, generator=torch.Generator().manual_seed(number))
+        together.step(RowGradient(None, values), 0.01, number)
+        apart[0].step(RowGradient(None, values[:5]), 0.01, number)
+        order = torch.tensor([7, 0, 3, 1, 2, 6, 5, 4])
+        apart[1].step(RowGradient(order, values[5:][order]), 0.01, number)
+    assert torch.equal(torch.cat(parts), whole)
+    again = start.clone()
+    ours(again, seed=8).step(RowGradient(None, torch.ones(NUM_ROWS, DIM)), 0.001, 0)
+    other = start.clone()
+    ours(other, seed=8).step(RowGradient(None, torch.ones(NUM_ROWS, DIM)), 0.001, 1)
+    assert not torch.equal(again, other), "another step rounds otherwise"
+
+
+@pytest.mark.parametrize("ours", [*LAZY, BF16[1]])
+@pytest.mark.parametrize("drawn", [None, [1, 4, 6, 7, 12], []])
+@pytest.mark.parametrize("is_low", [False, True])
+def test_a_step_in_the_backward_pass_equals_one_after_it(ours, drawn, is_low):
+    """Blocks of candidates, own rows among them and beside them: one update for each row, to the bit."""
+    dtype = torch.bfloat16 if is_low else torch.float32
+    weights = [_weight(dtype=torch.float32).to(dtype) for _ in range(2)]
+    first, second = ours(weights[0]), ours(weights[1])
+    rows = None if drawn is None else torch.tensor(drawn, dtype=torch.int64)
+    size = NUM_ROWS if drawn is None else len(drawn)
+    for number in range(3):
+        generator = torch.Generator().manual_seed(number)
+        values = torch.randn(size, DIM, generator=generator)
+        own = RowGradient(torch.tensor([0, 4, 12]), torch.randn(3, DIM, generator=generator))
+
+        def blocks(values=values, size=size):
+            for start in range(0, size, 3):
+                stop = min(start + 3, size)
+                yield RowBlock(start, stop, values[start:stop].clone())
+
+        first.step(collect(blocks(), rows, NUM_ROWS, own), 0.05, number)
+        second.step_in_backward(blocks(), rows, own, 0.05, number)
+    assert torch.equal(*weights)
+    assert all(torch.equal(first.state[name], second.state[name]) for name in first.state)
