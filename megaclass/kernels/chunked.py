@@ -60,20 +60,30 @@ def keeps_slopes(batch: int, num_rows: int) -> bool:
     return batch * num_rows * 4 <= KEEP_BYTES
 
 
+def keeps_rows(num_drawn: int | None, dim: int) -> bool:
+    """Whether so many drawn rows are kept between the passes (float32) rather than gathered twice."""
+    return num_drawn is not None and num_drawn * dim * 4 <= KEEP_BYTES
+
+
 def forward(
     embeddings: Tensor, candidates: Candidates, labels: Tensor, term: Term, *, monitor: bool = False
 ) -> Negatives:
     """Sums accumulated over chunks of classes; see `negatives.Kernel`.
 
-    Cost: [m, CHUNK_ROWS] logits and [CHUNK_ROWS, dim] rows at a time, and [m, n] slopes if they fit KEEP_BYTES.
+    Cost: [m, CHUNK_ROWS] logits and [CHUNK_ROWS, dim] rows at a time; [m, n] slopes, and drawn rows [n, dim], if they
+    fit KEEP_BYTES.
     """
     layer = _Layer(embeddings, candidates, labels, term)
+    num_drawn = None if candidates.rows is None else len(candidates.rows) * candidates.rows_per_class
+    keep_rows = keeps_rows(num_drawn, embeddings.shape[1])
     keep = keeps_slopes(len(embeddings), layer.num_classes * candidates.rows_per_class)
     total, gradient = embeddings.new_zeros(len(embeddings)), torch.zeros_like(embeddings)
     maximum = embeddings.new_full((len(embeddings),), -torch.inf) if layer.use_maximum else None
     bias_derivative = torch.zeros_like(total) if isinstance(term, Summed) and term.has_bias else None
     seen = None
     kept: list[_Kept] = []
+    loaded: list[_Rows | None] = []
+    inverses: list[Tensor] = []
     for start, stop in layer.chunks():
         rows = layer.rows(start, stop)
         cosines, best = layer.cosines(rows)
@@ -96,12 +106,14 @@ def forward(
         gradient += layer.multiplied(raw, rows.values)
         if keep:
             kept.append(_Kept(raw, chunk.shift))
+        loaded.append(rows if keep_rows else None)
+        inverses.append(rows.inverse)
 
     def row_pass(coefficients: Tensor) -> Iterator[RowBlock]:
         weighted = embeddings * coefficients[:, None]
         per_class = candidates.rows_per_class
         for number, (start, stop) in enumerate(layer.chunks()):
-            rows = layer.rows(start, stop)
+            rows = loaded[number] or layer.rows(start, stop, inverses[number])
             now = kept[number] if keep else layer.again(rows, start, stop, maximum)
             left = weighted
             if now.shift is not None and maximum is not None:
@@ -109,10 +121,10 @@ def forward(
             direction = layer.multiplied(now.slopes.T, left)
             # Only the part across the row counts: its length is normalised away.
             radial = torch.linalg.vecdot(rows.values, direction).mul_(rows.inverse.square())
-            yield RowBlock(
-                start * per_class, stop * per_class, direction.addcmul_(rows.values, radial[:, None], value=-1)
-            )
+            direction.addcmul_(rows.values, radial[:, None], value=-1)
+            yield RowBlock(start * per_class, stop * per_class, direction, rows.values)
         kept.clear()
+        loaded.clear()
 
     if monitor and seen is None:
         seen = Monitor(total.new_zeros(()), total.new_zeros(()), total.new_tensor(-torch.inf))
@@ -140,8 +152,11 @@ class _Layer:
         size = max(1, CHUNK_ROWS // self.candidates.rows_per_class)
         return [(start, min(start + size, self.num_classes)) for start in range(0, self.num_classes, size)]
 
-    def rows(self, start: int, stop: int) -> _Rows:
-        """The chunk's rows; a view of the class weights where they are all candidates and not bfloat16."""
+    def rows(self, start: int, stop: int, inverse: Tensor | None = None) -> _Rows:
+        """The chunk's rows; a view of the class weights where they are all candidates and not bfloat16.
+
+        `inverse` is 1 / length where it is known.
+        """
         weight, rows, per_class = self.candidates.weight, self.candidates.rows, self.candidates.rows_per_class
         if rows is None:
             chunk = weight[start * per_class : stop * per_class]
@@ -150,9 +165,11 @@ class _Layer:
         else:
             chunk = weight.unflatten(0, (-1, per_class)).index_select(0, rows[start:stop]).flatten(0, 1)
         chunk = chunk.to(self.embeddings.dtype)
-        length = torch.linalg.vector_norm(chunk, dim=1)
-        # A row of length zero has no direction: cosine and gradient are zero.
-        return _Rows(chunk, torch.where(length > 0, 1 / length, 0.0))
+        if inverse is None:
+            length = torch.linalg.vector_norm(chunk, dim=1)
+            # A row of length zero has no direction: cosine and gradient are zero.
+            inverse = torch.where(length > 0, 1 / length, 0.0)
+        return _Rows(chunk, inverse)
 
     def multiplied(self, left: Tensor, right: Tensor) -> Tensor:
         """The matrix product in the precision that the rows are stored for."""

@@ -69,11 +69,14 @@ class RowBlock:
     Attributes:
         start, stop: which of the rows that the candidates stand for (positions in `Candidates.weight_rows`).
         values: [stop - start, dim], float32 (float64 for float64 rows); valid until the next block is asked for.
+        rows: [stop - start, dim], the rows themselves in the type of `values`, if the kernel has them at hand: a view
+            of the class weights where those are all candidates and of that type, else a copy that may be written to.
     """
 
     start: int
     stop: int
     values: Tensor
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megaclass.counter import hashed_bits
+from megaclass.counter import hashed_bits, mix, signed
 
 # One counter gives 64 bits, which is 16 for each of four columns.
 _COLUMNS_PER_COUNTER = 4
+_ODD = signed(0xD6E8FEB86659FD93)
 
 
 def stochastically(values: Tensor, rows: Tensor, key: int) -> Tensor:
@@ -28,12 +29,15 @@ def stochastically(values: Tensor, rows: Tensor, key: int) -> Tensor:
         rows: [n] int64 global rows, which with the column number the random bits.
         key: of the use and the step.
 
-    Cost: a quarter of a 64-bit hash for each number; temporaries of the size of `values`.
+    Cost: a quarter of a 64-bit product for each number; temporaries of the size of `values`.
     """
     dim = values.shape[1]
     width = -(-dim // _COLUMNS_PER_COUNTER)
-    counters = rows[:, None] * width + torch.arange(width, device=values.device)
-    bits = hashed_bits(key, counters).view(torch.int16)[:, :dim]
+    lanes = hashed_bits(mix(key), torch.arange(width, device=values.device))
+    # Both sides are thoroughly mixed already; one product and one shift make the words of one row differ as much as
+    # those of one column, at a third of what mixing every word would cost.
+    words = (hashed_bits(key, rows.clone())[:, None] ^ lanes).mul_(_ODD)
+    bits = words.bitwise_xor_((words >> 32).bitwise_and_(0xFFFFFFFF)).view(torch.int16)[:, :dim]
     # The lower half of a float32 is what bfloat16 drops: adding 16 random bits carries into the upper half with the
     # probability that the dropped part is of the spacing. int16 -> int32 keeps the sign; the mask makes it 0 ... 65535.
     raised = values.view(torch.int32).add_(bits.to(torch.int32).bitwise_and_(0xFFFF))

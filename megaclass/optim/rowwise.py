@@ -109,7 +109,7 @@ class RowOptimizer(ABC):
             inside = ((position >= block.start) & (position < block.stop) & is_candidate).nonzero()[:, 0]
             block.values.index_add_(0, position[inside] - block.start, own.values[inside])
             where = slice(block.start, block.stop) if rows is None else rows[block.start : block.stop]
-            self._step_block(where, block.values, lr, number)
+            self._step_block(where, block.values, lr, number, block.rows)
         alone = (~is_candidate).nonzero()[:, 0]
         self.step(RowGradient(own.rows[alone], own.values[alone]), lr, number)
 
@@ -125,22 +125,25 @@ class RowOptimizer(ABC):
             filled[rows[first:last] - start] = values[first:last]
             self._step_block(slice(start, stop), filled, lr, number)
 
-    def _step_block(self, where: slice | Tensor, values: Tensor, lr: float, number: int) -> None:
-        """Update some rows: in place where they are a range and wide enough, else through copies."""
-        parts = {name: entry[where] for name, entry in self.state.items()}
-        weight = self._weight[where]
-        wide = {name: _widened(part) for name, part in parts.items()}
-        drawn = _widened(weight)
-        assert values.dtype == drawn.dtype, (values.dtype, drawn.dtype)
-        self._update(drawn, wide, values, lr)
-        key = stream_key(self._seed, STREAM_ROUNDING, number)
-        self._store(self._weight, where, drawn, weight, key)
-        for name, part in parts.items():
-            self._store(self.state[name], where, wide[name], part, mix(key))
+    def _step_block(
+        self, where: slice | Tensor, values: Tensor, lr: float, number: int, loaded: Tensor | None = None
+    ) -> None:
+        """Update some rows: in place where they are a range and wide enough, else through copies.
 
-    def _store(self, target: Tensor, where: slice | Tensor, values: Tensor, part: Tensor, key: int) -> None:
-        """Put updated rows back; `part` is what `target[where]` gave."""
-        if isinstance(where, slice) and values is part:
+        `loaded` is what the kernel has of the rows already, a view or a copy of them (`RowBlock.rows`).
+        """
+        state = {name: _widened(entry[where]) for name, entry in self.state.items()}
+        weight = _widened(self._weight[where]) if loaded is None else loaded
+        assert values.dtype == weight.dtype, (values.dtype, weight.dtype)
+        self._update(weight, state, values, lr)
+        key = stream_key(self._seed, STREAM_ROUNDING, number)
+        self._store(self._weight, where, weight, key)
+        for name, entry in self.state.items():
+            self._store(entry, where, state[name], mix(key))
+
+    def _store(self, target: Tensor, where: slice | Tensor, values: Tensor, key: int) -> None:
+        """Put updated rows into `target`, unless they are a view of it."""
+        if isinstance(where, slice) and values.dtype == target.dtype:
             return
         if target.dtype == torch.bfloat16:
             local = torch.arange(where.start, where.stop, device=target.device) if isinstance(where, slice) else where
