@@ -20,6 +20,8 @@ from megaclass.counter import hashed, hashed_on_host, mix
 # rounds over 4,096 numbers, one in 4,096 after six. Smaller ranges are uneven still, but there sorting costs nothing.
 _FEISTEL_ROUNDS = 6
 _SORTED = 4096
+# Of the 63 bits of a hash the upper 31 choose the place in a stratum; times its size they still fit 63.
+_PLACE_SHIFT = 32
 
 
 def number_drawn(rate: float, total: int) -> int:
@@ -40,20 +42,18 @@ def stratified(total: int, num_picks: int, start: int, stop: int, *, key: int, d
     # holds `start`, so that the picks come out sorted.
     low = (start - offset) % total
     high = low + stop - start
-    intervals = [(low, min(high, total), offset)]
+    intervals = [(low, min(high, total), start - low)]
     if high > total:
-        intervals.append((0, high - total, offset))
+        intervals.append((0, high - total, start - low + total))
     parts = []
     for low, high, shift in intervals:
         first, last = _stratum_of(low, total, num_picks), _stratum_of(high - 1, total, num_picks)
         # Only the strata at the two ends may have their pick outside; asking on the host keeps the shape known.
         first += _pick(first, total, num_picks, key) < low
         last -= _pick(last, total, num_picks, key) >= high
-        strata = torch.arange(first, last + 1, device=device)
-        begin = strata * total // num_picks
-        size = (strata + 1) * total // num_picks - begin
-        parts.append((begin + hashed(key, strata) % size + shift) % total)
-    return torch.cat(parts)
+        if first <= last:
+            parts.append(_picks(first, last, total, num_picks, key, device).add_(shift))
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
 
 
 def uniform(total: int, num_picks: int, start: int, stop: int, *, key: int, device: torch.device) -> Tensor:
@@ -98,8 +98,27 @@ def _stratum_of(number: int, total: int, num_picks: int) -> int:
     return ((number + 1) * num_picks - 1) // total
 
 
+def _picks(first: int, last: int, total: int, num_picks: int, key: int, device: torch.device) -> Tensor:
+    """The picks of strata [first, last] before the shift, [last - first + 1] int64.
+
+    Divisions of 64-bit numbers would take most of the time: the strata's bounds j total // picks are found with one
+    in float64 (exact below 2^53), or none where all strata are alike; and a random place in a stratum is the upper part
+    of a product.
+    """
+    strata = torch.arange(first, last + 2, device=device)
+    whole, rest = divmod(total, num_picks)
+    assert whole + 1 < 1 << 32, whole
+    bounds = strata * whole
+    if rest:
+        assert (last + 1) * rest < 1 << 53, (last, rest)
+        bounds += (strata * rest).double().div_(num_picks).floor_().long()
+    place = hashed(key, strata[:-1]).bitwise_right_shift_(_PLACE_SHIFT)
+    place.mul_(bounds[1:] - bounds[:-1] if rest else whole).bitwise_right_shift_(63 - _PLACE_SHIFT)
+    return place.add_(bounds[:-1])
+
+
 def _pick(stratum: int, total: int, num_picks: int, key: int) -> int:
-    """The pick of one stratum before the shift: what `stratified` computes for many on the device."""
+    """The pick of one stratum before the shift: what `_picks` computes for many on the device."""
     begin = stratum * total // num_picks
     size = (stratum + 1) * total // num_picks - begin
-    return begin + hashed_on_host(key, stratum) % size
+    return begin + ((hashed_on_host(key, stratum) >> _PLACE_SHIFT) * size >> (63 - _PLACE_SHIFT))

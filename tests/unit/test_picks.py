@@ -70,9 +70,12 @@ def stratified_outcomes(total: int, num_picks: int, monkeypatch: pytest.MonkeyPa
     for offset in range(total):
         monkeypatch.setattr(picks, "mix", lambda key, offset=offset: offset)
         for chosen in itertools.product(*choices):
-            table = torch.tensor(chosen)
+            # The upper 31 of a hash's 63 bits, times the stratum's size, give the place: the smallest such hash.
+            sizes = [end - begin for begin, end in itertools.pairwise(borders)]
+            hashes = [-(-(place << 31) // size) << 32 for place, size in zip(chosen, sizes, strict=True)]
+            table = torch.tensor(hashes)
             monkeypatch.setattr(picks, "hashed", lambda key, strata, table=table: table[strata])
-            monkeypatch.setattr(picks, "hashed_on_host", lambda key, stratum, chosen=chosen: chosen[stratum])
+            monkeypatch.setattr(picks, "hashed_on_host", lambda key, stratum, hashes=hashes: hashes[stratum])
             yield whole(stratified, total, num_picks, 0).tolist()
 
 
@@ -87,6 +90,20 @@ def test_over_all_offsets_every_number_is_picked_equally_often(
     if num_picks > 1:
         together = {pair for outcome in outcomes for pair in combinations(outcome, 2)}
         assert together == set(combinations(range(total), 2))
+
+
+@given(total=st.integers(1, 2**32 - 2), data=st.data())
+@settings(deadline=None)
+def test_picks_of_huge_ranges_lie_in_their_strata(total: int, data: st.DataObject) -> None:
+    """The strata's bounds are found in float64 and the place in a product of 63 bits: exact up to four billion."""
+    num_picks = data.draw(st.integers(1, min(total, 10**6)))
+    first = data.draw(st.integers(max(0, num_picks - 5), num_picks - 1))
+    found = picks._picks(first, num_picks - 1, total, num_picks, 7, CPU).tolist()
+    strata = range(first, num_picks)
+    assert found == [picks._pick(stratum, total, num_picks, 7) for stratum in strata]
+    assert all(
+        j * total // num_picks <= pick < (j + 1) * total // num_picks for j, pick in zip(strata, found, strict=True)
+    )
 
 
 @BOTH
