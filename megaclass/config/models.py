@@ -309,7 +309,7 @@ class Config(Section):
             if optim.clip_norm is not None:
                 faults.append(
                     f"optim.row_update fused writes class rows before their norm is known, so optim.clip_norm "
-                    f"{optim.clip_norm} cannot hold for them; use optim.clip_norm none or optim.row_update deferred"
+                    f"{optim.clip_norm} cannot hold for them; use optim.clip_norm null or optim.row_update deferred"
                 )
             if self.train.accumulation_steps > 1:
                 faults.append(

@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 
+# Products of up to so many multiplications are rounded by us: torch's own limit is 16^3.
+_SMALL = 1 << 18
+
+
 @contextmanager
 def low_precision(is_low: bool, device: torch.device) -> Iterator[None]:
     """Inside the block the CPU multiplies float32 matrices rounded to bfloat16, where it can do so faster.
@@ -36,6 +40,11 @@ def low_precision(is_low: bool, device: torch.device) -> Iterator[None]:
 
 def product(left: Tensor, right: Tensor, is_low: bool) -> Tensor:
     """`left` @ `right`, float32 or wider; rounded to bfloat16 first if `is_low` (on the CPU inside `low_precision`)."""
-    if is_low and left.is_cuda:
+    if not is_low:
+        return left @ right
+    if left.is_cuda:
         return torch.mm(left.bfloat16(), right.bfloat16(), out_dtype=torch.float32)
+    if left.numel() * right.shape[1] <= _SMALL:
+        # torch does not give the smallest products to oneDNN; rounded here, they do not depend on how the rows are cut.
+        left, right = left.bfloat16().to(left.dtype), right.bfloat16().to(right.dtype)
     return left @ right

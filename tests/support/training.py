@@ -8,6 +8,7 @@ from typing import Any
 from megaclass import config
 from megaclass.observe.journal import read_metrics
 from megaclass.parallel.process import World
+from megaclass.train import build, loop
 from megaclass.train.attempt import Attempt
 from megaclass.train.guard import own_run_directory
 from tests.support.spawn import spawn
@@ -59,6 +60,26 @@ def train(content: dict[str, Any], world_size: int = 1, code: int = 0) -> list[d
     """Run to the end on `world_size` ranks; the lines of metrics.jsonl that stand."""
     assert spawn(train_rank, world_size, content) == [code] * world_size
     return read_metrics(Path(content["run"]["dir"]))
+
+
+def fit_all(world: World, runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """On one rank: the losses, samples and final class weights of every run."""
+    return {name: fit(world, content) for name, content in runs.items()}
+
+
+def fit(world: World, content: dict[str, Any]) -> dict[str, Any]:
+    """One run on one rank, without what is written around the steps."""
+    training = build.build(config.validate(content), world)
+    results: list[loop.StepResult] = []
+    try:
+        assert loop.fit(training, loop.Hooks(lambda step: False, lambda batches: None, results.append))
+    finally:
+        training.reader.close()
+    return {
+        "losses": [float(result.output.loss.detach()) for result in results],
+        "ids": [result.ids for result in results],
+        "weight": training.classifier.weight.detach().clone(),
+    }
 
 
 def sample_ids(run_dir: Path) -> dict[int, list[int]]:

@@ -94,14 +94,23 @@ def assert_every_sample_once_per_epoch(run_dir: Path, num_samples: int = 185) ->
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("preset", ["d-softmax-k", "partial-fc"])
+@pytest.mark.parametrize("kind", ["d-softmax-k", "partial-fc", "bfloat16 rows"])
 def test_killed_and_continued_equals_uninterrupted_to_the_bit(
-    dataset: Path, tmp_path: Path, world_size: int, preset: str
+    dataset: Path, tmp_path: Path, world_size: int, kind: str
 ) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    classifier = {"preset": preset, "sampling_rate": 0.3}
-    expected = train({**config_for(dataset, straight), "classifier": classifier}, world_size)
-    content = {**config_for(dataset, broken), "classifier": classifier}
+    classifier: dict[str, Any] = {"preset": kind, "sampling_rate": 0.3}
+    optim = {}
+    if kind == "bfloat16 rows":
+        classifier = {"preset": "d-softmax-k", "sampling_rate": 0.3, "row_dtype": "bfloat16"}
+        optim = {"row_momentum_dtype": "bfloat16", "row_update": "fused", "clip_norm": None}
+
+    def config_of(run_dir: Path) -> dict[str, Any]:
+        content = config_for(dataset, run_dir)
+        return {**content, "classifier": classifier, "optim": {**content["optim"], **optim}}
+
+    expected = train(config_of(straight), world_size)
+    content = config_of(broken)
     process = start(content, world_size)
     wait_for_step(broken, 11, process)
     os.kill(workers(broken)[-1], signal.SIGKILL)

@@ -13,12 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from megaclass import config
 from megaclass.objectives.presets import PRESETS
-from megaclass.parallel.process import World
-from megaclass.train import build, loop
 from tests.support.spawn import spawn
-from tests.support.training import sample_ids, small_config, small_dataset, train
+from tests.support.training import fit_all, sample_ids, small_config, small_dataset, train
 
 SHORT, LONG = 6, 50
 # A rate at which the loss falls within a few steps; float64 has digits enough for it (see `small_config`).
@@ -80,25 +77,6 @@ def contents(dataset: Path) -> dict[str, dict[str, Any]]:
         content["classifier"] = classifier_options(sections["classifier"])
         made[name] = content
     return made
-
-
-def fit_all(world: World, runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """On one rank: the losses, samples and final class weights of every run."""
-    return {name: fit(world, content) for name, content in runs.items()}
-
-
-def fit(world: World, content: dict[str, Any]) -> dict[str, Any]:
-    training = build.build(config.validate(content), world)
-    results: list[loop.StepResult] = []
-    try:
-        assert loop.fit(training, loop.Hooks(lambda step: False, lambda batches: None, results.append))
-    finally:
-        training.reader.close()
-    return {
-        "losses": [float(result.output.loss.detach()) for result in results],
-        "ids": [result.ids for result in results],
-        "weight": training.classifier.weight.detach().clone(),
-    }
 
 
 @pytest.fixture(scope="module")
