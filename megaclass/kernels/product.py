@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # Products of up to so many multiplications are rounded by us: torch's own limit is 16^3.
 _SMALL = 1 << 18
 

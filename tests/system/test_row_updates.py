@@ -82,18 +82,18 @@ def test_rows_written_in_the_backward_pass_are_those_written_after_it(
 
 @pytest.mark.distributed
 def test_world_sizes_agree(runs: dict[int, list[dict[str, dict[str, Any]]]]) -> None:
-    """float32 rows within rounding; of bfloat16 rows hardly any, as a sum in another order rounds another way."""
+    """Within rounding: that of float32, and that of bfloat16 for rows stored so."""
     for name, one in runs[1][0].items():
         is_low = "/bfloat16/" in name
         assert one["weight"].dtype == (torch.bfloat16 if is_low else torch.float32)
         for size in (2, 3):
             other, weight = runs[size][0][name], whole(runs[size], name).float()
-            # Measured: 3e-6 in float32; with bfloat16 rows 4e-5 after the first of them rounds another way.
+            # An embedding that differs by 1e-7 may be rounded to another bfloat16: measured up to 6e-4.
             for first, second in zip(one["losses"], other["losses"], strict=True):
-                assert abs(first - second) <= (2e-3 if is_low else 1e-5) * abs(first), (name, size)
+                assert abs(first - second) <= (1e-3 if is_low else 1e-5) * abs(first), (name, size)
             if is_low:
                 apart = float((weight - one["weight"].float()).norm() / one["weight"].float().norm())
-                print("X", name, size, apart, max(abs(a - b) / a for a, b in zip(one["losses"], other["losses"])))
+                assert apart < 2**-8, (name, size)
             else:
                 assert float((weight - one["weight"]).abs().max()) < 1e-4 * float(one["weight"].abs().max()), name
 
@@ -148,8 +148,8 @@ def test_what_cannot_be_right_is_refused(dataset: Path, options: dict[str, Any],
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_fused_step_that_is_not_finite(dataset: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found in the loss, nothing moves; found in the backbone's gradient alone, the rows have moved and the run ends."""
+def test_a_fused_step_that_is_not_finite(dataset: Path, where: str) -> None:
+    """Seen in the loss, nothing moves; seen in the backbone's gradient alone, the rows have moved and the run ends."""
     content = content_of(dataset, "batch positives", "sgd", "float32", row_update="fused")
     training = build.build(config.validate(content), World(0, 1, 0, torch.device("cpu"), None, None))
     batches = iter(training.reader)
@@ -165,6 +165,6 @@ def test_a_fused_step_that_is_not_finite(dataset: Path, where: str, monkeypatch:
     else:
         parameter = next(iter(training.strategy.backbone.parameters()))
         parameter.register_hook(lambda gradient: gradient * torch.nan)
-        with pytest.raises(NumericError, match="gradient is not finite although the loss is, and with optim.row_upda"):
+        with pytest.raises(NumericError, match="gradient is not finite although the loss is, and with"):
             loop.train_step(training, batches, lambda _: None)
     training.reader.close()
