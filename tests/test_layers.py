@@ -22,6 +22,7 @@ LAYERS = {
     "train.dry_run": 5,
     "train.build": 5,
     "study": 5,
+    "bench": 5,
     "train": 4,
     "checkpoint": 4,
     "evaluate": 4,

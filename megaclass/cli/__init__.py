@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from megaclass import __version__
-from megaclass.cli import checkpoints, data, runs
+from megaclass.cli import bench, checkpoints, data, runs
 from megaclass.errors import UserError
 
 
@@ -42,4 +42,5 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_to(commands)
     data.add_to(commands)
     checkpoints.add_to(commands)
+    bench.add_to(commands)
     return parser

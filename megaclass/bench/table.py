@@ -1,0 +1,57 @@
+"""Figures of a benchmark as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show(reports: Sequence[dict[str, Any]], missing: dict[str, str]) -> None:
+    """Print what was measured, each beside its floor, and who was left out for what reason."""
+    console = Console(width=None if Console().is_terminal else 140)
+    table = Table(box=None, pad_edge=False)
+    columns = [
+        "classes",
+        "rate",
+        "rows",
+        "implementation",
+        "cpu ms",
+        "20-80 %",
+        "wall ms",
+        "floor ms",
+        "x",
+        "peak",
+        "extra",
+        "floor",
+    ]
+    for name in columns:
+        table.add_column(name, justify="left" if name == "implementation" else "right")
+    first: dict[str, float] = {}
+    for report in reports:
+        case = report["case"]
+        key = str(case)
+        ours = first.setdefault(key, report["cpu_ms"])
+        spread = report["cpu_ms_spread"]
+        low, *_, high = spread.values()
+        table.add_row(
+            f"{case.get('num_classes', case.get('num_rows', 0)):,}",
+            f"{case['sampling_rate']:.4g}" if "sampling_rate" in case else "",
+            case.get("row_dtype", ""),
+            report["impl"] + (f" ({case['preset']}, {case['row_update']})" if report["impl"] == "megaclass" else ""),
+            f"{report['cpu_ms']:.2f}",
+            f"{low:.2f}-{high:.2f}",
+            f"{report['wall_ms']['p50']:.2f}" if "wall_ms" in report else "",
+            f"{report['floor_ms']:.2f}" if "floor_ms" in report else "",
+            f"{report['cpu_ms'] / ours:.2f}",
+            *(_mebibytes(report.get(name)) for name in ("peak_bytes", "extra_bytes", "floor_bytes")),
+        )
+    console.print(table)
+    for name, reason in missing.items():
+        console.print(f"left out: {name} ({reason})", highlight=False)
+
+
+def _mebibytes(number: int | None) -> str:
+    return "" if number is None else f"{number / 2**20:,.0f} MiB"

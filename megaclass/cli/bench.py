@@ -1,0 +1,123 @@
+"""The commands that measure the class layer and its parts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from megaclass.cli.command import command
+from megaclass.errors import ConfigError
+
+
+def add_to(commands: Any) -> None:
+    """Make the commands known to the parser."""
+    bench = command(
+        commands, "bench", lambda _: 2, "measure the class layer and its parts, beside others and the floor"
+    )
+    kinds = bench.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    head = command(kinds, "head", _head, "a step of the class layer: draw, gather, loss, backward, update of the rows")
+    _add_case(head)
+    head.add_argument("--sampling-rate", type=float, nargs="+", default=[1.0], help="one or more; 1: all classes")
+    head.add_argument("--num-classes", type=int, default=500_000, help="over all ranks")
+    head.add_argument("--peer", type=Path, metavar="DIR", help="recognition/arcface_torch of a checkout of insightface")
+    head.add_argument(
+        "--baselines", nargs="*", default=[], metavar="NAME", help="torch-cross-entropy, naive-d-softmax, ..."
+    )
+    head.add_argument("--no-memory", action="store_true", help="measure time alone")
+    scaling = command(kinds, "scaling", _scaling, "the same over several numbers of classes, with as many rows drawn")
+    _add_case(scaling)
+    scaling.add_argument("--num-classes", type=int, nargs="+", default=[500_000, 1_000_000, 2_000_000, 4_000_000])
+    scaling.add_argument("--rows", type=int, default=5000, help="rows drawn in a step, over all ranks")
+    sampler = command(kinds, "sampler", _sampler, "drawing some of many classes")
+    sampler.add_argument("--num-classes", type=int, default=10_000_000)
+    sampler.add_argument("--num-picks", type=int, default=156_250)
+    optimizer = command(kinds, "optimizer", _optimizer, "a step of the row optimizers")
+    optimizer.add_argument("--num-rows", type=int, default=100_000)
+    optimizer.add_argument("--num-drawn", type=int, default=1_562)
+    optimizer.add_argument("--dim", type=int, default=512)
+    for made in (head, scaling, sampler, optimizer):
+        made.add_argument("--repeats", type=int, default=20, help="measured steps, after two for warming up")
+        made.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+
+
+def _add_case(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=64, help="samples of each rank")
+    parser.add_argument("--preset", default="partial-fc", help="our loss: docs/losses.md")
+    parser.add_argument("--optimizer", choices=["sgd", "adamw", "adagrad"], default="sgd")
+    parser.add_argument("--row-dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--row-update", choices=["deferred", "fused"], default="deferred")
+    parser.add_argument("--kernel", choices=["auto", "reference", "chunked"], default="auto")
+    parser.add_argument("--nproc", type=int, default=1, help="ranks on this machine")
+
+
+def _case(known: argparse.Namespace, num_classes: int, rate: float) -> Any:
+    from megaclass.bench.case import Case
+
+    for name, value in (
+        ("--num-classes", num_classes), ("--dim", known.dim), ("--batch-size", known.batch_size),
+        ("--nproc", known.nproc), ("--repeats", known.repeats),
+    ):  # fmt: skip
+        if value < 1:
+            raise ConfigError(f"{name} {value}: at least 1 is needed")
+    return Case(
+        num_classes=num_classes, dim=known.dim, batch_size=known.batch_size, sampling_rate=rate, preset=known.preset,
+        optimizer=known.optimizer, row_dtype=known.row_dtype, row_update=known.row_update, kernel=known.kernel,
+        world_size=known.nproc,
+    )  # fmt: skip
+
+
+def _head(known: argparse.Namespace) -> int:
+    from megaclass.bench import head
+    from megaclass.bench.others import BASELINES
+
+    for name in known.baselines:
+        if name not in BASELINES:
+            raise ConfigError(f"--baselines: {name!r} is not known; allowed are {', '.join(BASELINES)}")
+    reports: list[dict[str, Any]] = []
+    missing: dict[str, str] = {}
+    for rate in known.sampling_rate:
+        more, missing = head.compare(
+            _case(known, known.num_classes, rate), known.baselines, known.peer, known.repeats, not known.no_memory
+        )
+        reports += more
+    return _finish(known, reports, missing)
+
+
+def _scaling(known: argparse.Namespace) -> int:
+    from megaclass.bench import head
+
+    if known.rows > min(known.num_classes):
+        raise ConfigError(f"--rows {known.rows} exceeds --num-classes {min(known.num_classes)}; draw fewer")
+    reports = head.scaling(_case(known, min(known.num_classes), 1.0), known.num_classes, known.rows, known.repeats)
+    times = [report["cpu_ms"] for report in reports]
+    code = _finish(known, reports, {})
+    print(f"slowest / fastest: {max(times) / min(times):.3f}")
+    return code
+
+
+def _sampler(known: argparse.Namespace) -> int:
+    from megaclass.bench import parts
+
+    if not 0 < known.num_picks <= known.num_classes:
+        raise ConfigError(f"--num-picks {known.num_picks}: must lie in [1, --num-classes {known.num_classes}]")
+    return _finish(known, parts.samplers(known.num_classes, known.num_picks, known.repeats), {})
+
+
+def _optimizer(known: argparse.Namespace) -> int:
+    from megaclass.bench import parts
+
+    if not 0 < known.num_drawn <= known.num_rows:
+        raise ConfigError(f"--num-drawn {known.num_drawn}: must lie in [1, --num-rows {known.num_rows}]")
+    return _finish(known, parts.optimizers(known.num_rows, known.dim, known.num_drawn, known.repeats), {})
+
+
+def _finish(known: argparse.Namespace, reports: list[dict[str, Any]], missing: dict[str, str]) -> int:
+    from megaclass.bench import head, table
+
+    table.show(reports, missing)
+    if known.json is not None:
+        known.json.write_text(json.dumps(head.document(reports), indent=1) + "\n")
+    return 0
