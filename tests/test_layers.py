@@ -46,6 +46,7 @@ LAYERS = {
     "counter": 0,
     "errors": 0,
     "durable": 0,
+    "provenance": 0,
     "": 0,
 }
 COMMUNICATION = {

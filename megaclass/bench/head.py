@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megaclass import provenance
 from megaclass.bench import measure, ranks
 from megaclass.bench.case import Case
 from megaclass.bench.others import PEER, check_peer, left_out
@@ -118,23 +118,5 @@ def scaling(case: Case, counts: Sequence[int], rows: int, repeats: int) -> list[
 
 def document(reports: list[Report]) -> Report:
     """The JSON of `megaclass bench`: where it was measured, and every case."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {"device": device, "torch": torch.__version__, "commit": _commit(), "cases": reports}
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown processor"
-
-
-def _commit() -> str:
-    """The commit of the source these figures come from; `unknown` outside a checkout."""
-    found = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or "unknown"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else provenance.processor()
+    return {"device": device, "torch": torch.__version__, "commit": provenance.commit() or "unknown", "cases": reports}

@@ -7,18 +7,16 @@ has says so wherever its mean stands; a standard deviation or error of one value
 from __future__ import annotations
 
 import math
-import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import megaclass
+from megaclass import provenance
 from megaclass.errors import ConfigError
 from megaclass.observe.journal import read_lines, read_metrics
 from megaclass.observe.values import dig, flatten, number, read_json
@@ -255,34 +253,8 @@ def _circumstances(cases: Sequence[Case]) -> dict[str, Any]:
     starts = [line for run in runs for line in read_lines(run.folder / "attempts.jsonl")]
     return {
         "device": sorted({str(line.get("device")) for line in starts}),
-        "cpu": _cpu(),
+        "cpu": provenance.processor(),
         "torch": torch.__version__,
-        "commit": commit(Path(megaclass.__file__).parent.parent),
+        "commit": provenance.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _cpu() -> str:
-    """Model of the processor, where the system says it, and the number of cores."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else 'unknown processor'}, {os.cpu_count()} cores"
-
-
-def commit(root: Path) -> str | None:
-    """The commit that is checked out in the repository at `root`; None where that cannot be read from its files."""
-    git = root / ".git"
-    try:
-        head = (git / "HEAD").read_text(encoding="utf-8").strip()
-        if not head.startswith("ref: "):
-            return head
-        name = head.removeprefix("ref: ")
-        if (git / name).exists():
-            return (git / name).read_text(encoding="utf-8").strip()
-        packed = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((line.split()[0] for line in packed if line.endswith(f" {name}")), None)

@@ -13,9 +13,10 @@ import pytest
 
 from megaclass.config import validate
 from megaclass.errors import ConfigError
+from megaclass.provenance import commit
 from megaclass.study.cases import Case, Run
 from megaclass.study.spec import Metric, Study
-from megaclass.study.table import Cell, Table, as_json, as_markdown, cell_text, commit, gather, measure
+from megaclass.study.table import Cell, Table, as_json, as_markdown, cell_text, gather, measure
 
 RECALL, EER, LOSS = "retrieval.recall_at_1", "verification.eer", "log.loss"
 
