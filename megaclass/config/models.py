@@ -35,7 +35,10 @@ class Synthetic(Section):
     """The made-up data set of `dataset.reader: synthetic`: one random pattern per class plus noise."""
 
     num_classes: int = Field(1000, ge=1, description="classes")
-    samples_per_class: int = Field(8, ge=1, description="samples of each class")
+    samples_per_class: int = Field(8, ge=1, description="samples of each class that has any")
+    num_populated: int | None = Field(
+        None, ge=1, description="classes that have samples, evenly spread over all; default: all"
+    )
     noise: float = Field(0.5, ge=0, description="standard deviation of the noise; the patterns have 1")
 
 
@@ -268,6 +271,12 @@ class Config(Section):
             faults.append(
                 "dataset.path is required; make a data set with `megaclass data glyphs --out data/glyphs` and give "
                 "dataset.path: data/glyphs"
+            )
+        synthetic = self.dataset.synthetic
+        if synthetic.num_populated is not None and synthetic.num_populated > synthetic.num_classes:
+            faults.append(
+                f"dataset.synthetic.num_populated {synthetic.num_populated} exceeds dataset.synthetic.num_classes "
+                f"{synthetic.num_classes}; give at most that many"
             )
         if train.global_batch_size % train.accumulation_steps:
             faults.append(

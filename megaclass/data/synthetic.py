@@ -26,7 +26,9 @@ _CELLS = 8
 
 @dataclass(frozen=True)
 class SyntheticSamples:
-    """Sample i is of class `i div samples_per_class`: pattern of the class + noise of the sample.
+    """Sample i is of populated class `i div samples_per_class`: pattern of the class + noise of the sample.
+
+    Populated are `num_populated` classes, evenly spread over all, or all of them.
 
     Pattern cells and noise pixels are evenly distributed, with standard deviation 1 and `noise`; their sum is scaled
     to the range of uint8, so nothing is cut off.
@@ -38,15 +40,27 @@ class SyntheticSamples:
     image_size: int
     channels: int
     seed: int
+    num_populated: int | None = None
 
     @property
     def num_samples(self) -> int:
         """Ids are in [0, num_samples)."""
-        return self.num_classes * self.samples_per_class
+        return (self.num_populated or self.num_classes) * self.samples_per_class
+
+    def labels(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The classes [n] int64 of samples [n]."""
+        populated = sample_ids // self.samples_per_class
+        return populated if self.num_populated is None else populated * self.num_classes // self.num_populated
+
+    def class_counts(self) -> NDArray[np.int64]:
+        """Samples of each class, [num_classes]."""
+        counts = np.zeros(self.num_classes, np.int64)
+        counts[self.labels(np.arange(0, self.num_samples, self.samples_per_class))] = self.samples_per_class
+        return counts
 
     def read(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[int, BadSample]]:
         """Images [n, image_size, image_size, channels] uint8, labels [n] int64, and no bad ones."""
-        labels = sample_ids // self.samples_per_class
+        labels = self.labels(sample_ids)
         size, channels = self.image_size, self.channels
         cells = self._values(Stream.PATTERN, labels, _CELLS * _CELLS * channels)
         pixel_cells = np.arange(size) * _CELLS // size
@@ -71,7 +85,7 @@ class SyntheticReader(BatchReader):
     """Batches of synthetic samples, in the same order logic as `IndexedReader`.
 
     Args:
-        num_classes, samples_per_class, noise: see `SyntheticSamples`; the rest as for `IndexedReader`.
+        num_classes, samples_per_class, noise, num_populated: see `SyntheticSamples`; the rest as for `IndexedReader`.
 
     Raises:
         ConfigError: wrong labels of a single class.
@@ -95,8 +109,9 @@ class SyntheticReader(BatchReader):
         accumulation_steps: int = 1,
         shuffle: bool = True,
         label_noise: float = 0.0,
+        num_populated: int | None = None,
     ) -> None:
-        samples = SyntheticSamples(num_classes, samples_per_class, noise, image_size, channels, seed)
+        samples = SyntheticSamples(num_classes, samples_per_class, noise, image_size, channels, seed, num_populated)
         check_enough_samples(samples.num_samples, batch_size, world_size, accumulation_steps, "the synthetic data set")
         batches = OrderedBatches(
             samples=with_label_noise(samples, num_classes, label_noise, seed),
@@ -111,7 +126,7 @@ class SyntheticReader(BatchReader):
         super().__init__(
             lambda position: count(position, batch_size * world_size),
             batches.make,
-            class_counts=np.full(num_classes, samples_per_class, np.int64),
+            class_counts=samples.class_counts(),
             num_samples=samples.num_samples,
             workers=workers,
             budget=SkipBudget(0.0, samples.num_samples, world_size),

@@ -60,3 +60,17 @@ def test_seeds_augmentation_and_size() -> None:
     assert not torch.equal(first.images, changed.images)
     with pytest.raises(DataError, match=r"the synthetic data set has 52 samples, fewer than .* 56"):
         open_synthetic(14, 0, 2, accumulation_steps=2)
+
+
+def test_populated_classes_are_spread_over_all() -> None:
+    samples = SyntheticSamples(1000, 4, 0.5, 8, 1, seed=1, num_populated=7)
+    images, labels, _ = samples.read(np.arange(28))
+    assert samples.num_samples == 28
+    assert labels[::4].tolist() == [0, 142, 285, 428, 571, 714, 857]
+    assert np.array_equal(np.bincount(labels, minlength=1000), samples.class_counts())
+    everyone, _, _ = SyntheticSamples(1000, 4, 0.5, 8, 1, seed=1).read(np.arange(4 * 142, 4 * 142 + 4))
+    # The pattern is that of the class, whoever else has samples; the noise is that of the sample's number.
+    centre, other = images[4:8].astype(float).mean(axis=0), everyone.astype(float).mean(axis=0)
+    assert np.corrcoef(centre.ravel(), other.ravel())[0, 1] > 0.9
+    reader = open_synthetic(2, num_classes=1000, num_populated=7)
+    assert int(reader.class_counts.sum()) == reader.num_samples == 28
