@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megaclass import loss
+from megaclass.classifier import ShardedClassifier
+from megaclass.objectives import presets
 from megaclass.parallel import collectives
 from megaclass.parallel.process import World
 from megaclass.parallel.shard import ClassShard
@@ -142,3 +145,42 @@ def test_uneven_rows_are_gathered_in_the_order_of_ranks() -> None:
     expected = torch.cat([torch.full((rank * 2, 3), float(rank)) for rank in range(3)])
     for gathered in spawn(_gather_uneven, 3):
         assert torch.equal(gathered, expected)
+
+
+def _bytes_sent(world: World, dtype: torch.dtype) -> list[tuple[str, int]]:
+    """Names and bytes of the two large collectives of one forward and backward."""
+    sent: list[tuple[str, int]] = []
+
+    def watch(name: str, original: Any) -> Any:
+        def call(out: torch.Tensor, tensor: torch.Tensor, **kwargs: Any) -> Any:
+            sent.append((name, tensor.numel() * tensor.element_size()))
+            return original(out, tensor, **kwargs)
+
+        return call
+
+    preset = presets.resolve("d-softmax-k", hyper={}, schedule={}, sampling_rate=0.5)
+    classifier = ShardedClassifier(
+        DIM,
+        ClassShard(13, world.rank, world.size),
+        loss.build(preset, 13, seed=0),
+        seed=0,
+        group=world.group,
+        dtype=dtype,
+    )
+    with ExitStack() as stack:
+        for name in ("_all_gather_single", "_reduce_scatter_single"):
+            stack.enter_context(mock.patch.object(collectives, name, watch(name, getattr(collectives, name))))
+        embeddings = torch.randn(BATCH, DIM, requires_grad=True)
+        classifier(embeddings, torch.arange(BATCH), draw_id=0).loss.backward()
+    return sent
+
+
+@pytest.mark.distributed
+def test_embeddings_travel_as_bfloat16_where_rows_are_and_gradients_never() -> None:
+    for dtype, item_bytes in ((torch.float32, 4), (torch.bfloat16, 2)):
+        for sent in spawn(_bytes_sent, WORLD_SIZE, dtype):
+            assert sent == [
+                ("_all_gather_single", BATCH * DIM * item_bytes),
+                ("_all_gather_single", BATCH * 8),
+                ("_reduce_scatter_single", GLOBAL * DIM * 4),
+            ]
