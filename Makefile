@@ -25,7 +25,7 @@ $(VENV)/package: $(VENV)/torch pyproject.toml
 	touch $@
 
 $(VENV)/everything: $(VENV)/package
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,ann,dali,deepspeed]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,ann,dali,deepspeed,triton]'
 	touch $@
 
 #   make setup     .venv/ with everything in it
@@ -77,6 +77,7 @@ study: data-hanglyph data-hanglyph-all data-omniglot
 	$(call STUDY,rates)
 	$(call STUDY,remedies)
 	$(call STUDY,long)
+	$(call STUDY,long-margin)
 	$(call STUDY,omniglot)
 	$(call STUDY,entanglement)
 	$(call STUDY,heating)

@@ -49,7 +49,7 @@ def _add_case(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=["sgd", "adamw", "adagrad"], default="sgd")
     parser.add_argument("--row-dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--row-update", choices=["deferred", "fused"], default="deferred")
-    parser.add_argument("--kernel", choices=["auto", "reference", "chunked"], default="auto")
+    parser.add_argument("--kernel", choices=["auto", "reference", "chunked", "triton"], default="auto")
     parser.add_argument("--nproc", type=int, default=1, help="ranks on this machine")
 
 

@@ -152,7 +152,9 @@ class Classifier(Section):
     normalisation: Literal["l2", "batch-norm"] = Field(
         "l2", description="embeddings of unit length, or a last batch norm divided by sqrt(dim)"
     )
-    kernel: Literal["auto", "reference", "chunked"] = Field("auto", description="implementation of the class layer")
+    kernel: Literal["auto", "reference", "chunked", "triton"] = Field(
+        "auto", description="implementation of the class layer; triton: fused, CUDA only, never run on a GPU yet"
+    )
     row_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="type of the stored class rows; bfloat16: half the memory, rounded stochastically"
     )

@@ -83,7 +83,8 @@ def forward(
     seen = None
     kept: list[_Kept] = []
     loaded: list[_Rows | None] = []
-    inverses: list[Tensor] = []
+    inverse = embeddings.new_empty(layer.num_classes * candidates.rows_per_class)
+    layer.keeps_logits = keep
     for start, stop in layer.chunks():
         rows = layer.rows(start, stop)
         cosines, best = layer.cosines(rows)
@@ -107,22 +108,24 @@ def forward(
         if keep:
             kept.append(_Kept(raw, chunk.shift))
         loaded.append(rows if keep_rows else None)
-        inverses.append(rows.inverse)
+        inverse[start * candidates.rows_per_class : stop * candidates.rows_per_class] = rows.inverse
 
     def row_pass(coefficients: Tensor) -> Iterator[RowBlock]:
         weighted = embeddings * coefficients[:, None]
         per_class = candidates.rows_per_class
         for number, (start, stop) in enumerate(layer.chunks()):
-            rows = loaded[number] or layer.rows(start, stop, inverses[number])
+            first, last = start * per_class, stop * per_class
+            rows = loaded[number] or layer.rows(start, stop, inverse[first:last])
             now = kept[number] if keep else layer.again(rows, start, stop, maximum)
             left = weighted
             if now.shift is not None and maximum is not None:
                 left = weighted * _exponential_of_difference(now.shift, maximum)[:, None]
-            direction = layer.multiplied(now.slopes.T, left)
+            direction = layer.multiplied(now.slopes.T, left, layer.scratch("direction", last - first, left.shape[1]))
             # Only the part across the row counts: its length is normalised away.
-            radial = torch.linalg.vecdot(rows.values, direction).mul_(rows.inverse.square())
+            along = torch.mul(rows.values, direction, out=layer.scratch("along", *direction.shape))
+            radial = along.sum(dim=1).mul_(rows.inverse.square())
             direction.addcmul_(rows.values, radial[:, None], value=-1)
-            yield RowBlock(start * per_class, stop * per_class, direction, rows.values)
+            yield RowBlock(first, last, direction, rows.values)
         kept.clear()
         loaded.clear()
 
@@ -144,8 +147,20 @@ class _Layer:
         self.num_classes = candidates.num_classes
         self.use_maximum = isinstance(term, Exponential) and term.use_maximum
         self.is_low = candidates.weight.dtype == torch.bfloat16
+        self.keeps_logits = False
+        self._scratch: dict[str, Tensor] = {}
         # An exponential's slope is its value times the scale, which is applied together with the inverse lengths.
         self.factor = term.scale if isinstance(term, Exponential) else 1.0
+
+    def scratch(self, name: str, num_rows: int, num_columns: int) -> Tensor:
+        """Memory [num_rows, num_columns] that chunks take over from each other.
+
+        Allocated anew for every chunk it would leave a CPU's heap in pieces several times the size of a chunk.
+        """
+        size = num_rows * num_columns
+        if name not in self._scratch or self._scratch[name].numel() < size:
+            self._scratch[name] = self.embeddings.new_empty(size)
+        return self._scratch[name][:size].view(num_rows, num_columns)
 
     def chunks(self) -> list[tuple[int, int]]:
         """Ranges of candidates; sub-centres make them shorter, so that a chunk's rows stay as many."""
@@ -164,21 +179,25 @@ class _Layer:
             chunk = weight.index_select(0, rows[start:stop])
         else:
             chunk = weight.unflatten(0, (-1, per_class)).index_select(0, rows[start:stop]).flatten(0, 1)
-        chunk = chunk.to(self.embeddings.dtype)
+        if chunk.dtype != self.embeddings.dtype:
+            # Drawn rows may be kept, so theirs is memory of their own.
+            is_own = rows is not None
+            chunk = chunk.to(self.embeddings.dtype) if is_own else self.scratch("rows", *chunk.shape).copy_(chunk)
         if inverse is None:
             length = torch.linalg.vector_norm(chunk, dim=1)
             # A row of length zero has no direction: cosine and gradient are zero.
             inverse = torch.where(length > 0, 1 / length, 0.0)
         return _Rows(chunk, inverse)
 
-    def multiplied(self, left: Tensor, right: Tensor) -> Tensor:
+    def multiplied(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         """The matrix product in the precision that the rows are stored for."""
         with low_precision(self.is_low, left.device):
-            return product(left, right, self.is_low)
+            return product(left, right, self.is_low, out)
 
     def cosines(self, rows: _Rows) -> tuple[Tensor, Tensor | None]:
         """Cosines [m, c] with each class, and which sub-centre [m, c] gave them."""
-        cosines = self.multiplied(self.embeddings, rows.values.T).mul_(rows.inverse)
+        memory = None if self.keeps_logits else self.scratch("logits", len(self.embeddings), len(rows.values))
+        cosines = self.multiplied(self.embeddings, rows.values.T, memory).mul_(rows.inverse)
         if self.candidates.rows_per_class == 1:
             return cosines, None
         best = cosines.unflatten(1, (-1, self.candidates.rows_per_class)).max(dim=2)

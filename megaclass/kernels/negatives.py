@@ -21,7 +21,18 @@ from megaclass.kernels import chunked, reference
 from megaclass.kernels.interface import Candidates, Negatives, RowBlock
 from megaclass.kernels.terms import Exponential, Summed, Term
 
-__all__ = ["KERNELS", "Candidates", "Exponential", "Kernel", "Negatives", "RowBlock", "Summed", "Term", "forward"]
+__all__ = [
+    "FUSED",
+    "KERNELS",
+    "Candidates",
+    "Exponential",
+    "Kernel",
+    "Negatives",
+    "RowBlock",
+    "Summed",
+    "Term",
+    "forward",
+]
 
 
 class Kernel(Protocol):
@@ -42,7 +53,23 @@ class Kernel(Protocol):
         ...
 
 
+def _triton(
+    embeddings: Tensor, candidates: Candidates, labels: Tensor, term: Term, *, monitor: bool = False
+) -> Negatives:
+    """The fused kernels, whose library is imported only here."""
+    try:
+        from megaclass.kernels import triton
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ValueError(
+            "kernel triton needs the package triton; pip install 'megaclass[triton]', or use classifier.kernel chunked"
+        ) from None
+    return triton.forward(embeddings, candidates, labels, term, monitor=monitor)
+
+
 KERNELS: dict[str, Kernel] = {"reference": reference.forward, "chunked": chunked.forward}
+FUSED: dict[str, Kernel] = {"triton": _triton}
 
 
 def forward(
@@ -59,5 +86,5 @@ def forward(
     `auto` takes the chunked one, whose memory does not grow with batch times classes. Cost: 4 m n dim multiply-adds
     here and 2 (or, recomputing, 4) m n dim in `row_pass`.
     """
-    chosen: Callable[..., Negatives] = KERNELS["chunked" if kernel == "auto" else kernel]
+    chosen: Callable[..., Negatives] = (KERNELS | FUSED)["chunked" if kernel == "auto" else kernel]
     return chosen(embeddings, candidates, labels, term, monitor=monitor)

@@ -37,13 +37,16 @@ def low_precision(is_low: bool, device: torch.device) -> Iterator[None]:
         backend.fp32_precision = before
 
 
-def product(left: Tensor, right: Tensor, is_low: bool) -> Tensor:
-    """`left` @ `right`, float32 or wider; rounded to bfloat16 first if `is_low` (on the CPU inside `low_precision`)."""
+def product(left: Tensor, right: Tensor, is_low: bool, out: Tensor | None = None) -> Tensor:
+    """`left` @ `right`, float32 or wider; rounded to bfloat16 first if `is_low` (on the CPU inside `low_precision`).
+
+    `out` is memory for the result, which is used on the CPU.
+    """
     if not is_low:
-        return left @ right
+        return torch.mm(left, right, out=out)
     if left.is_cuda:
         return torch.mm(left.bfloat16(), right.bfloat16(), out_dtype=torch.float32)
     if left.numel() * right.shape[1] <= _SMALL:
         # torch does not give the smallest products to oneDNN; rounded here, they do not depend on how the rows are cut.
         left, right = left.bfloat16().to(left.dtype), right.bfloat16().to(right.dtype)
-    return left @ right
+    return torch.mm(left, right, out=out)

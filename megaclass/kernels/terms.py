@@ -6,9 +6,11 @@ sample inside their function, so that a kernel only ever sees cosines.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 # Cosines [m, n] -> their transformed values g [m, n] (minus infinity: the negative does not count) and the derivatives
@@ -16,6 +18,50 @@ from torch import Tensor
 Transform = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 # Cosines [m, n] -> values f, derivatives of f in the cosine, derivatives of f in the learned bias (None: no bias).
 Function = Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """g(z) = weight (z - goal)^2 - margin^2, and 0 up to the left zero of that parabola.
+
+    A `Transform` that fused kernels know.
+
+    Attributes:
+        goal, weight, margin: the numbers of the formula.
+        left: where it begins.
+    """
+
+    goal: float
+    weight: float
+    margin: float
+
+    @property
+    def left(self) -> float:
+        """The left zero of the parabola."""
+        return self.goal - self.margin / math.sqrt(self.weight)
+
+    def __call__(self, cosines: Tensor) -> tuple[Tensor, Tensor]:
+        """The formula and its derivative."""
+        distance = cosines - self.goal
+        is_active = cosines > self.left
+        mapped = torch.where(is_active, self.weight * distance * distance - self.margin * self.margin, 0.0)
+        return mapped, torch.where(is_active, 2.0 * self.weight * distance, 0.0)
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """A transform (None: the identity) without the negatives whose cosine is above `threshold`.
+
+    They count for nothing in the sum. A `Transform` fused kernels know if they know the inner one.
+    """
+
+    inner: Transform | None
+    threshold: float
+
+    def __call__(self, cosines: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Minus infinity for the dropped ones."""
+        mapped, slopes = (cosines, None) if self.inner is None else self.inner(cosines)
+        return torch.where(cosines > self.threshold, -torch.inf, mapped), slopes
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from megaclass.kernels.terms import Function, Transform
+from megaclass.kernels.terms import Filtered, Function, Transform
 from megaclass.objectives.registry import Registry
 
 
@@ -82,12 +81,7 @@ def filtered(transform: Transform | None, threshold: float) -> Transform:
     A dropped negative counts for nothing in the sum. Source: Partial FC, arXiv 2203.15565, section 3.3, whose published
     code sets the cosine of such a negative to zero instead of leaving it out (threshold 0.4).
     """
-
-    def apply(cosines: Tensor) -> tuple[Tensor, Tensor | None]:
-        mapped, slopes = (cosines, None) if transform is None else transform(cosines)
-        return torch.where(cosines > threshold, -torch.inf, mapped), slopes
-
-    return apply
+    return Filtered(transform, threshold)
 
 
 def filtered_function(function: Function, threshold: float) -> Function:

@@ -23,10 +23,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from megaclass.kernels.terms import Transform
+from megaclass.kernels.terms import Quadratic, Transform
 from megaclass.objectives.margin import MARGINS, Facts, Margin
 from megaclass.objectives.negative_map import NEGATIVE_MAPS, NegativeMap, Positives
 from megaclass.objectives.presets import PRESETS, Preset
@@ -71,16 +70,7 @@ class QuadraticMap(NegativeMap):
 
     def bind(self, positives: Positives | None, margin: float) -> Transform | None:
         """The formula and its derivative."""
-        goal, weight = self.negative_goal, self.negative_weight
-        left = goal - margin / math.sqrt(weight)
-
-        def apply(cosines: Tensor) -> tuple[Tensor, Tensor]:
-            distance = cosines - goal
-            is_active = cosines > left
-            mapped = torch.where(is_active, weight * distance * distance - margin * margin, 0.0)
-            return mapped, torch.where(is_active, 2.0 * weight * distance, 0.0)
-
-        return apply
+        return Quadratic(self.negative_goal, self.negative_weight, margin)
 
     def largest(self, margin: float) -> float:
         """At 1, unless the goal lies above it: then 0."""

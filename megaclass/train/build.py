@@ -129,6 +129,10 @@ def build_classifier(
     preset = resolve_preset(config)
     shard = ClassShard(reader.num_classes, world.rank, world.size)
     graph = build_graph(config, preset, shard, world)
+    if config.classifier.kernel == "triton" and world.device.type != "cuda":
+        raise ConfigError(
+            f"classifier.kernel triton needs a CUDA device, and this run is on {world.device.type}; use auto or chunked"
+        )
     classifier = ShardedClassifier(
         config.backbone.dim,
         shard,

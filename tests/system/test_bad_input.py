@@ -101,6 +101,7 @@ def test_every_mistake_of_a_configuration_at_once(run, dataset: Path, tmp_path: 
             "classifier.count_margin_power 0.25 means nothing without a margin; choose a margin_kind or leave it out",
         ),
         (["--train.device", "cuda"], 2, "train.device cuda: torch finds no CUDA device here"),
+        (["--classifier.kernel", "triton"], 2, "classifier.kernel triton needs a CUDA device, and this run is on cpu"),
     ],
 )
 def test_mistakes_found_before_training(
