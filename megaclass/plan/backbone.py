@@ -36,6 +36,9 @@ def trace(config: Config, batch: int) -> BackboneWork:
     With autocast the kept activations are taken to be half as large, as meta tensors are not autocast.
     """
     meta = torch.device("meta")
+    # Synchronised batch norm has no meta kernel; local batch norm has the same shapes.
+    local = config.backbone.model_copy(update={"batch_norm": "local"})
+    config = config.model_copy(update={"backbone": local})
     with meta:
         backbone = build.build_backbone(config, World(0, 1, 0, meta, None, None)).to(build.backbone_dtype(config))
     parameters = list(backbone.parameters())
