@@ -17,10 +17,12 @@ _CHUNK_LOGITS, _CHUNK_MATRICES = 3, 4
 _REFERENCE_LOGITS = 6
 PERSISTENT = ("class rows", "row optimizer state", "backbone parameters", "backbone gradients",
               "backbone optimizer state", "moving average")  # fmt: skip
-# What exists beside the persistent parts in the two moments that can be the peak.
+# What exists beside the persistent parts in the three moments that can be the peak.
 BACKWARD = ("backbone activations", "input", "gathered batch", "kept slopes", "kept rows", "chunk scratch",
             "row gradients")  # fmt: skip
-UPDATE = ("row gradients", "row gradient merge", "gradient norm scratch")
+MERGE = ("row gradients", "row gradient merge", "freed blocks not given back")
+NORM = ("merged row gradients", "gradient norm scratch", "freed blocks not given back")
+MOMENTS = {"backward": BACKWARD, "merge": MERGE, "update": NORM}
 
 
 def state_bytes(config: Config, num_rows: int, dim: int) -> int:
@@ -55,16 +57,20 @@ def parts(config: Config, work: Work, backbone: BackboneWork, is_cpu: bool) -> d
     }
     # Lists of row numbers, int64, go with the gradient of drawn rows: the draw, the weight rows, the gradient's own.
     row_bytes = dim * wide + (24 if work.is_sampled else 0)
-    micro = 0 if is_fused else work.num_touched * row_bytes
-    found["row gradients"] = micro * work.num_micro
-    merged = 0
-    if work.num_micro > 1 and work.is_sampled and not is_fused:
-        # One copy of all values and the sum, which has at most as many rows and never more than the shard.
-        merged = micro * work.num_micro + min(work.num_rows, work.num_touched * work.num_micro) * row_bytes
-    found["row gradient merge"] = merged
+    touched = 0 if is_fused else work.num_touched
+    union = touched
+    if work.is_sampled and touched:
+        union = round(work.num_rows * (1 - (1 - touched / work.num_rows) ** work.num_micro))
+    found["row gradients"] = touched * row_bytes * work.num_micro
+    found["merged row gradients"] = union * row_bytes
+    # Gradients of drawn rows are joined in one copy and summed into their union; those of all rows in place.
+    is_joined = work.num_micro > 1 and work.is_sampled
+    found["row gradient merge"] = found["row gradients"] + found["merged row gradients"] if is_joined else 0
     # On the CPU torch makes a float64 copy of float32 values to take a norm in float64.
-    largest = min(work.num_rows, work.num_touched * (work.num_micro if work.is_sampled else 1)) * dim
-    found["gradient norm scratch"] = 8 * largest if is_cpu and wide == 4 and not is_fused else 0
+    found["gradient norm scratch"] = 8 * union * dim if is_cpu and wide == 4 else 0
+    # Blocks below the allocator's threshold stay in the process's heap after the backward pass.
+    retained = found["kept slopes"] + found["kept rows"] + found["chunk scratch"]
+    found["freed blocks not given back"] = retained if is_cpu else 0
     return found
 
 
@@ -85,13 +91,11 @@ def _kernel_parts(config: Config, work: Work, wide: int) -> dict[str, int]:
 
 
 def peak(found: dict[str, int]) -> tuple[int, str]:
-    """The largest sum of parts that exist together, in bytes, and when: `backward` or `update`."""
-    kept = sum(found[name] for name in PERSISTENT)
-    backward = kept + sum(found[name] for name in BACKWARD)
-    update = kept + sum(found[name] for name in UPDATE)
-    return (backward, "backward") if backward >= update else (update, "update")
+    """The largest sum of parts that exist together, in bytes, and when: a key of `MOMENTS`."""
+    when = max(MOMENTS, key=lambda moment: sum(alive(found, moment).values()))
+    return sum(alive(found, when).values()), when
 
 
 def alive(found: dict[str, int], when: str) -> dict[str, int]:
-    """The parts that exist at the peak."""
-    return {name: found[name] for name in (*PERSISTENT, *(BACKWARD if when == "backward" else UPDATE))}
+    """The parts that exist at a moment."""
+    return {name: found[name] for name in (*PERSISTENT, *MOMENTS[when])}
