@@ -60,14 +60,19 @@ def _refusal(config: Config, plan: Plan, limit: int) -> str:
 
 def remedies(config: Config, plan: Plan, limit: int) -> list[str]:
     """Single changes, each of which alone would bring the peak under `limit` bytes."""
-    changes = [
+    changes: list[tuple[str, dict[str, dict[str, object]]]] = [
         ("classifier.row_dtype bfloat16", {"classifier": {"row_dtype": "bfloat16"}}),
         ("optim.class_name adagrad", {"optim": {"class_name": "adagrad", "row_momentum_dtype": "float32"}}),
         ("optim.row_update fused with optim.clip_norm null", {"optim": {"row_update": "fused", "clip_norm": None}}),
         ("classifier.sampling_rate 0.015625", {"classifier": {"sampling_rate": 1 / 64}}),
+        (
+            "bfloat16 rows with adagrad",
+            {
+                "classifier": {"row_dtype": "bfloat16"},
+                "optim": {"class_name": "adagrad", "row_momentum_dtype": "float32"},
+            },
+        ),
     ]
-    both = {"classifier": {"row_dtype": "bfloat16"}, "optim": {"class_name": "adagrad"}}
-    changes.append(("bfloat16 rows with adagrad", both))
     found = [name for name, change in changes if _fits(config, change, plan, plan.work.world_size, limit)]
     ranks = plan.work.world_size * 2
     while ranks <= 1024:
