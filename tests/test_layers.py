@@ -23,6 +23,7 @@ LAYERS = {
     "train.build": 5,
     "study": 5,
     "bench": 5,
+    "plan": 5,
     "train": 4,
     "checkpoint": 4,
     "evaluate": 4,

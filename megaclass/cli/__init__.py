@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from megaclass import __version__
-from megaclass.cli import bench, checkpoints, data, runs
+from megaclass.cli import bench, checkpoints, data, plan, runs
 from megaclass.errors import UserError
 
 
@@ -43,4 +43,5 @@ def _parser() -> argparse.ArgumentParser:
     data.add_to(commands)
     checkpoints.add_to(commands)
     bench.add_to(commands)
+    plan.add_to(commands)
     return parser

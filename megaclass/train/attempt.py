@@ -31,6 +31,7 @@ from megaclass.observe.prometheus import Exporter
 from megaclass.observe.report import write_report
 from megaclass.parallel.collectives import broadcast_from_main, sum_over_ranks
 from megaclass.parallel.process import World
+from megaclass.plan import check_fits, number_of_classes
 from megaclass.train import build, loop, state
 from megaclass.train.failure import told_failure
 from megaclass.train.guard import FiniteGuard, StopSignal, check_progress
@@ -116,6 +117,7 @@ class Attempt:
         facts = {"agent_run": agent_run(), "start_step": found["start_step"]}
         self.journal = Journal(config.run.dir, self.attempt, w, facts)
         self._open.append(self.journal.close)
+        score_on_main(w, "plan", self._check_fits)
         self.evaluation = open_evaluation(config)
         self.training = build.build(config, w)
         self._open.append(self.training.reader.close)
@@ -141,6 +143,10 @@ class Attempt:
             self._announce()
         self.progress = ProgressLine(self.training.num_steps, self.training.step, w.is_main)
         self._open.append(self.progress.close)
+
+    def _check_fits(self) -> int:
+        """On rank 0, before any rank allocates: refuse a run that needs more memory than there is."""
+        return check_fits(self.config, number_of_classes(self.config), self.world.size, self.world.device).peak_bytes
 
     def _announce(self) -> None:
         training, shard = self.training, self.training.classifier.shard

@@ -14,6 +14,8 @@ from megaclass.evaluate.split import open_evaluation
 from megaclass.objectives import presets
 from megaclass.parallel.process import World, choose_device
 from megaclass.parallel.shard import ClassShard
+from megaclass.plan.forecast import forecast
+from megaclass.plan.refuse import device_of
 from megaclass.train import build
 
 _BATCHES_SHOWN = 2
@@ -35,16 +37,9 @@ def describe(config: Config) -> str:
     presets.check_exponents(preset, reader.num_classes, config.classifier.normalisation)
     with torch.device("meta"):  # shapes without memory
         backbone = build.build_backbone(config, World(0, 1, 0, torch.device("meta"), None, None))
+    plan = forecast(config, reader.num_classes, size, device_of(choose_device(config.train.device, 0)))
     steps = build.number_of_steps(config, reader)
     shards = [ClassShard(reader.num_classes, rank, size) for rank in range(size)]
-    row_bytes = config.classifier.sub_centres * config.backbone.dim * build.row_dtype(config).itemsize
-    numbers = config.classifier.sub_centres * config.backbone.dim
-    momentum_bytes = 2 if config.optim.row_momentum_dtype == "bfloat16" else build.backbone_dtype(config).itemsize
-    state_bytes = {
-        "sgd": numbers * momentum_bytes if config.optim.momentum else 0,
-        "adamw": 2 * numbers * build.backbone_dtype(config).itemsize + 8 * config.classifier.sub_centres,
-        "adagrad": build.backbone_dtype(config).itemsize * config.classifier.sub_centres,
-    }[config.optim.class_name]
     lines = [
         "# resolved configuration",
         config.to_yaml(),
@@ -54,7 +49,8 @@ def describe(config: Config) -> str:
         f"ranks: {size}; rows per rank: {', '.join(str(shard.num_rows) for shard in shards[:8])}"
         f"{', ...' if size > 8 else ''}",
         "class rows and optimizer state of the largest shard: "
-        f"{shards[0].num_rows * (row_bytes + state_bytes):,} bytes",
+        f"{plan.memory_bytes['class rows'] + plan.memory_bytes['row optimizer state']:,} bytes",
+        plan.to_text().rstrip(),
         f"backbone: {sum(parameter.numel() for parameter in backbone.parameters()):,} parameters",
         f"steps: {steps}, {steps * config.train.global_batch_size / reader.num_samples:.2f} epochs of "
         f"{reader.num_samples:,} samples",

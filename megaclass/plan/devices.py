@@ -1,0 +1,90 @@
+"""What the devices can do, as plain data, and what this machine measures itself to do.
+
+Sources: memory, peak rates and link rates are the makers' data sheets (NVIDIA H200, H100 SXM, A100 80GB SXM, L40S,
+V100 SXM2 32GB), reduced to what is commonly reached: matrix products to 80 %, memory to 90 %, links to 80 % of one
+direction, one network card per GPU across nodes. H200: 790 TFLOP/s and 4.3 TB/s are assumed in the cost model. None of
+these numbers is a measurement of ours; the CPU is one core of a present server, and `calibrated` measures it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from megaclass.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device of a rank.
+
+    Attributes:
+        name: what the command line calls it.
+        memory_bytes: usable memory; None: not known, for a host.
+        bf16_flops, fp32_flops: matrix products, per second.
+        bandwidth: bytes of its memory per second, reads and writes together.
+        link_bandwidth: bytes per second that a rank sends to others of its node.
+        network_bandwidth: bytes per second that a rank sends to other nodes.
+        latency_seconds: of one collective inside a node; three times that across nodes.
+        ranks_per_node: devices that share the fast links.
+    """
+
+    name: str
+    memory_bytes: int | None
+    bf16_flops: float
+    fp32_flops: float
+    bandwidth: float
+    link_bandwidth: float
+    network_bandwidth: float
+    latency_seconds: float = 20e-6
+    ranks_per_node: int = 8
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("h200", 139 * GIB, 790e12, 54e12, 4.3e12, 360e9, 45e9),
+        Device("h100", 79 * GIB, 790e12, 54e12, 3.0e12, 360e9, 45e9),
+        Device("a100", 79 * GIB, 250e12, 15.6e12, 1.8e12, 240e9, 22e9),
+        Device("l40s", 44 * GIB, 290e12, 73e12, 0.78e12, 25e9, 22e9),
+        Device("v100", 31 * GIB, 12.5e12, 12.5e12, 0.81e12, 120e9, 11e9),
+        Device("cpu", None, 200e9, 100e9, 12e9, 2e9, 1e9, 100e-6, 64),
+    )
+}
+
+
+def find(name: str) -> Device:
+    """The device called `name`.
+
+    Raises:
+        ConfigError: not known, with the nearest names.
+    """
+    if name not in DEVICES:
+        near = difflib.get_close_matches(name.lower(), DEVICES, 3, 0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ConfigError(f"gpu {name!r} is not known; {hint}Known are {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+def calibrated() -> Device:
+    """`cpu` with the rates this process measures in about a second: float32 products and a copy."""
+    left, copied = torch.rand(768, 768), torch.rand(16 * 2**20)
+    target = torch.empty_like(copied)
+    flops = 2 * 768**3 / _fastest(lambda: torch.mm(left, left))
+    bandwidth = 2 * copied.nbytes / _fastest(lambda: target.copy_(copied))
+    return replace(DEVICES["cpu"], fp32_flops=flops, bf16_flops=flops, bandwidth=bandwidth)
+
+
+def _fastest(call: object) -> float:
+    assert callable(call)
+    best, end = float("inf"), time.perf_counter() + 0.4
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,101 @@
+"""Memory of one rank by part, and its peak: what exists together in the backward pass of the head and in the update."""
+
+from __future__ import annotations
+
+from megaclass.config import Config
+from megaclass.kernels.chunked import CHUNK_ROWS, keeps_rows, keeps_slopes
+from megaclass.plan.backbone import BackboneWork
+from megaclass.plan.work import Work
+from megaclass.train import build
+
+# Matrices [global batch, dim] alive together in the class layer: embeddings as sent and gathered, own rows and their
+# unit vectors, the sums' gradient, the weighted embeddings, the partial gradient and its copy that travels.
+_BATCH_MATRICES = 8
+# Logits, slopes and exponents of a chunk; rows, direction and their temporaries.
+_CHUNK_LOGITS, _CHUNK_MATRICES = 3, 4
+# The dense kernel keeps cosines, exponents, values, slopes and masks at once.
+_REFERENCE_LOGITS = 6
+PERSISTENT = ("class rows", "row optimizer state", "backbone parameters", "backbone gradients",
+              "backbone optimizer state", "moving average")  # fmt: skip
+# What exists beside the persistent parts in the three moments that can be the peak.
+BACKWARD = ("backbone activations", "input", "gathered batch", "kept slopes", "kept rows", "chunk scratch",
+            "row gradients")  # fmt: skip
+MERGE = ("row gradients", "row gradient merge", "freed blocks not given back")
+NORM = ("merged row gradients", "gradient norm scratch", "freed blocks not given back")
+MOMENTS = {"backward": BACKWARD, "merge": MERGE, "update": NORM}
+
+
+def state_bytes(config: Config, num_rows: int, dim: int) -> int:
+    """Bytes of the row optimizer's state."""
+    wide = build.backbone_dtype(config).itemsize
+    optim = config.optim
+    if optim.class_name == "adamw":
+        return num_rows * (2 * dim * wide + 8)
+    if optim.class_name == "adagrad":
+        return num_rows * wide
+    if not optim.momentum:
+        return 0
+    return num_rows * dim * (2 if optim.row_momentum_dtype == "bfloat16" else wide)
+
+
+def parts(config: Config, work: Work, backbone: BackboneWork, is_cpu: bool) -> dict[str, int]:
+    """Bytes of every part, by name; they do not all exist at once (`peak`)."""
+    wide = build.backbone_dtype(config).itemsize
+    dim, size, is_fused = work.dim, backbone.parameter_bytes, config.optim.row_update == "fused"
+    found = {
+        "class rows": work.num_rows * dim * build.row_dtype(config).itemsize,
+        "row optimizer state": state_bytes(config, work.num_rows, dim),
+        "backbone parameters": size,
+        # DistributedDataParallel sends gradients from buckets of its own.
+        "backbone gradients": size * (1 if work.world_size == 1 else 2),
+        "backbone optimizer state": size * (2 if config.optim.name == "adamw" else 1 if config.optim.momentum else 0),
+        "moving average": 0 if config.optim.ema_decay is None else size,
+        "backbone activations": backbone.activation_bytes,
+        "input": work.batch * config.dataset.channels * config.dataset.image_size**2 * wide,
+        "gathered batch": _BATCH_MATRICES * work.global_batch * dim * wide,
+        **_kernel_parts(config, work, wide),
+    }
+    # Lists of row numbers, int64, go with the gradient of drawn rows: the draw, the weight rows, the gradient's own.
+    row_bytes = dim * wide + (24 if work.is_sampled else 0)
+    touched = 0 if is_fused else work.num_touched
+    union = touched
+    if work.is_sampled and touched:
+        union = round(work.num_rows * (1 - (1 - touched / work.num_rows) ** work.num_micro))
+    found["row gradients"] = touched * row_bytes * work.num_micro
+    found["merged row gradients"] = union * row_bytes
+    # Gradients of drawn rows are joined in one copy and summed into their union; those of all rows in place.
+    is_joined = work.num_micro > 1 and work.is_sampled
+    found["row gradient merge"] = found["row gradients"] + found["merged row gradients"] if is_joined else 0
+    # On the CPU torch makes a float64 copy of float32 values to take a norm in float64.
+    found["gradient norm scratch"] = 8 * union * dim if is_cpu and wide == 4 else 0
+    # Blocks below the allocator's threshold stay in the process's heap after the backward pass.
+    retained = found["kept slopes"] + found["kept rows"] + found["chunk scratch"]
+    found["freed blocks not given back"] = retained if is_cpu else 0
+    return found
+
+
+def _kernel_parts(config: Config, work: Work, wide: int) -> dict[str, int]:
+    batch, rows, dim = work.inter_batch, work.num_candidates, work.dim
+    if config.classifier.kernel == "reference":
+        return {
+            "kept slopes": _REFERENCE_LOGITS * batch * rows * wide,
+            "kept rows": 3 * rows * dim * wide,
+            "chunk scratch": 0,
+        }
+    chunk = min(rows, CHUNK_ROWS)
+    return {
+        "kept slopes": batch * rows * wide if keeps_slopes(batch, rows) else 0,
+        "kept rows": rows * dim * wide if keeps_rows(rows if work.is_sampled else None, dim) else 0,
+        "chunk scratch": (_CHUNK_LOGITS * batch + _CHUNK_MATRICES * dim) * chunk * wide,
+    }
+
+
+def peak(found: dict[str, int]) -> tuple[int, str]:
+    """The largest sum of parts that exist together, in bytes, and when: a key of `MOMENTS`."""
+    when = max(MOMENTS, key=lambda moment: sum(alive(found, moment).values()))
+    return sum(alive(found, when).values()), when
+
+
+def alive(found: dict[str, int], when: str) -> dict[str, int]:
+    """The parts that exist at a moment."""
+    return {name: found[name] for name in (*PERSISTENT, *MOMENTS[when])}

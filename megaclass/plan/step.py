@@ -1,0 +1,90 @@
+"""Flops, bytes on the links and the expected time of a step on one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megaclass.config import Config
+from megaclass.kernels.chunked import keeps_slopes
+from megaclass.objectives.objective import OBJECTIVES
+from megaclass.objectives.presets import Preset
+from megaclass.plan.backbone import BackboneWork
+from megaclass.plan.devices import Device
+from megaclass.plan.memory import state_bytes
+from megaclass.plan.work import Work
+from megaclass.train import build
+
+# A convolutional backbone in mixed precision reaches about 300 of 790 TFLOP/s.
+_BACKBONE_SHARE = 0.38
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One exchange.
+
+    Attributes:
+        name: which.
+        what: is sent.
+        sent_bytes: by each rank in a step, with ring algorithms.
+        count: how often in a step.
+    """
+
+    name: str
+    what: str
+    sent_bytes: int
+    count: int
+
+
+def head_flops(config: Config, work: Work) -> int:
+    """Of the head in a step: two products forward, one backward, and one again where slopes are not kept."""
+    is_kept = config.classifier.kernel == "reference" or keeps_slopes(work.inter_batch, work.num_candidates)
+    return (6 if is_kept else 8) * work.num_logits * work.dim * work.num_micro
+
+
+def head_bytes(config: Config, work: Work) -> int:
+    """Of memory that the head moves in a step: rows read twice and written, state and gradient read and written."""
+    wide, width = build.backbone_dtype(config).itemsize, build.row_dtype(config).itemsize
+    updated = work.num_rows if config.optim.untouched_rows == "dense" else work.num_touched
+    reads = 2 * work.num_candidates * work.dim * width * work.num_micro
+    gradient = 0 if config.optim.row_update == "fused" else 3 * work.num_touched * work.dim * wide * work.num_micro
+    write = 2 * updated * work.dim * width
+    return reads + gradient + write + 2 * state_bytes(config, updated, work.dim)
+
+
+def collectives(config: Config, preset: Preset, work: Work, backbone: BackboneWork) -> list[Collective]:
+    """Every exchange of a step, none for a single rank. Synchronised batch norm's are not counted."""
+    ranks = work.world_size
+    if ranks == 1:
+        return []
+    others, micro, size = ranks - 1, work.num_micro, build.backbone_dtype(config).itemsize
+    sent = 2 if config.classifier.row_dtype == "bfloat16" else size
+    numbers = work.inter_batch + 2
+    if OBJECTIVES.find(preset.objective).needs_positive:
+        numbers += work.global_batch
+    return [
+        Collective("all-gather", "embeddings", micro * others * work.batch * work.dim * sent, micro),
+        Collective("all-gather", "labels", micro * others * work.batch * 8, micro),
+        Collective("all-reduce", "sums over negatives", micro * 2 * others * numbers * size // ranks, micro),
+        Collective("reduce-scatter", "embedding gradient", micro * others * work.batch * work.dim * size, micro),
+        Collective("all-reduce", "backbone gradient", 2 * others * backbone.parameter_bytes // ranks, 1),
+        Collective("all-reduce", "gradient norm", 2 * others * 8 // ranks, 1),
+    ]
+
+
+def seconds(
+    config: Config, work: Work, backbone: BackboneWork, device: Device, exchanges: list[Collective]
+) -> dict[str, float]:
+    """Expected seconds of a step by part; head compute and head memory overlap, the rest is added."""
+    is_low = config.train.precision == "bfloat16"
+    backbone_rate = (device.bf16_flops if is_low else device.fp32_flops) * (_BACKBONE_SHARE if is_low else 0.8)
+    rate = device.bf16_flops if config.classifier.row_dtype == "bfloat16" else device.fp32_flops
+    is_near = work.world_size <= device.ranks_per_node
+    link, latency = (device.link_bandwidth, 1) if is_near else (device.network_bandwidth, 3)
+    return {
+        "backbone": 3 * backbone.forward_flops * work.num_micro / backbone_rate,
+        "head compute": head_flops(config, work) / rate,
+        "head memory": head_bytes(config, work) / device.bandwidth,
+        "collectives": sum(
+            one.sent_bytes / link + one.count * latency * device.latency_seconds for one in exchanges
+        ),
+    }  # fmt: skip
