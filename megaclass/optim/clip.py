@@ -13,6 +13,9 @@ from torch import Tensor
 
 from megaclass.parallel.collectives import Group, sum_over_ranks
 
+# Numbers whose norm is taken at a time on the CPU.
+PIECE = 1 << 20
+
 
 def joint_norm(replicated_gradients: Iterable[Tensor], row_values: Tensor | None, group: Group) -> Tensor:
     """The 2-norm of all gradients together, a scalar that is the same on every rank.
@@ -56,4 +59,7 @@ def _squared_norm(gradients: list[Tensor], dtype: torch.dtype, device: torch.dev
     filled = [gradient.detach() for gradient in gradients if gradient.numel()]
     if not filled:
         return torch.zeros((), dtype=dtype, device=device)
+    if device.type == "cpu":
+        # The norm of a float32 tensor in float64 makes a copy of it in that type: one piece at a time.
+        filled = [piece for gradient in filled for piece in gradient.reshape(-1).split(PIECE)]
     return torch.stack(torch._foreach_norm(filled, 2, dtype=dtype)).square().sum()

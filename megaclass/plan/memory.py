@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megaclass.config import Config
 from megaclass.kernels.chunked import CHUNK_ROWS, keeps_rows, keeps_slopes
+from megaclass.optim.clip import PIECE
 from megaclass.plan.backbone import BackboneWork
 from megaclass.plan.work import Work
 from megaclass.train import build
@@ -66,8 +67,8 @@ def parts(config: Config, work: Work, backbone: BackboneWork, is_cpu: bool) -> d
     # Gradients of drawn rows are joined in one copy and summed into their union; those of all rows in place.
     is_joined = work.num_micro > 1 and work.is_sampled
     found["row gradient merge"] = found["row gradients"] + found["merged row gradients"] if is_joined else 0
-    # On the CPU torch makes a float64 copy of float32 values to take a norm in float64.
-    found["gradient norm scratch"] = 8 * union * dim if is_cpu and wide == 4 else 0
+    # On the CPU torch makes a float64 copy of float32 values to take a norm in float64, of one piece at a time.
+    found["gradient norm scratch"] = 8 * min(union * dim, PIECE) if is_cpu and wide == 4 else 0
     # Blocks below the allocator's threshold stay in the process's heap after the backward pass.
     retained = found["kept slopes"] + found["kept rows"] + found["chunk scratch"]
     found["freed blocks not given back"] = retained if is_cpu else 0
