@@ -10,7 +10,7 @@ RANKS ?= 2
 export DS_BUILD_OPS := 0
 
 .PHONY: help setup demo omniglot hanglyph test test-full lint types wheel clean \
-	data-omniglot data-hanglyph data-hanglyph-all data-cjk study study-large study-head
+	data-omniglot data-hanglyph data-hanglyph-all data-cjk study study-large study-head bench
 help:
 	@grep -E '^#   ' Makefile | sed 's/^#//'
 
@@ -91,6 +91,13 @@ study-large: data-cjk
 #   make study-head    what the class layer costs at one million classes
 study-head: $(VENV)/package
 	$(call STUDY,million) --jobs 1
+
+#   make bench     what the class layer costs, 500,000 classes; PEER=.../recognition/arcface_torch compares with Partial-FC
+PEER ?=
+bench: $(VENV)/package
+	$(BIN)/megaclass bench head --num-classes 500000 --nproc 2 --sampling-rate 0.01 0.1 1 $(if $(PEER),--peer $(PEER))
+	$(BIN)/megaclass bench scaling --nproc 2 --row-dtype bfloat16 --preset d-softmax-k --row-update fused
+	$(BIN)/megaclass bench sampler
 
 test: $(VENV)/everything
 	OMP_NUM_THREADS=1 $(BIN)/pytest
