@@ -46,7 +46,7 @@ def compare(
 
 def _measured(world: Any, case: Case, names: list[str], peer: Path | None, repeats: int) -> dict[str, Any]:
     return {
-        "rates": measure.calibrated(world, case.dim, case.batch_size * case.world_size),
+        "rates": measure.calibrated(world, case.dim, case.batch_size * case.world_size, case.row_dtype == "bfloat16"),
         "times": measure.timed(world, case, names, peer, repeats),
     }
 

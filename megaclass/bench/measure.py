@@ -13,6 +13,7 @@ from torch import Tensor
 from megaclass.bench.case import Case, Head, batch
 from megaclass.bench.heads import Ours
 from megaclass.bench.others import build
+from megaclass.kernels.product import low_precision, product
 from megaclass.parallel.collectives import sum_over_ranks
 from megaclass.parallel.process import World
 
@@ -117,10 +118,11 @@ def _peak(world: World) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def calibrated(world: World, dim: int, batch_size: int) -> tuple[float, float]:
+def calibrated(world: World, dim: int, batch_size: int, is_low: bool) -> tuple[float, float]:
     """What this rank can do at best: floating-point operations and copied bytes per second (read and written).
 
-    On a CPU a second of processor time, so that ranks that share a core do not halve each other's.
+    Products are those of bfloat16 rows if `is_low`. On a CPU a second is one of processor time, so that ranks that
+    share a core do not halve each other's.
     """
     clock = time.perf_counter if world.device.type == "cuda" else time.process_time
     left = torch.randn(batch_size, dim, device=world.device)
@@ -139,7 +141,8 @@ def calibrated(world: World, dim: int, batch_size: int) -> tuple[float, float]:
         return min(seconds)
 
     def multiply() -> Tensor:
-        return left @ right
+        with low_precision(is_low, world.device):
+            return product(left, right, is_low)
 
     flops = 2 * batch_size * dim * 8192 / best(multiply)
     return flops, 2 * source.numel() * 4 / best(lambda: target.copy_(source))
