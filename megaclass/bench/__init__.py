@@ -1,7 +1,7 @@
 """Benchmarks of the class layer: what a step costs in time and memory, beside its floor and beside other heads.
 
 `case.py` says what is measured, `heads.py` our head, `others.py` those of torch and of the public Partial-FC,
-`measure.py` times and weighs them on a rank, `ranks.py` runs ranks as processes, `floors.py` measures what this machine
-can do at best, `parts.py` times samplers and optimizers alone, and `table.py` shows it. Nothing here needs more than
-torch and numpy, so that it runs on a bare GPU machine.
+`measure.py` times and weighs them on a rank and measures what it can do at best, `ranks.py` runs ranks as processes,
+`head.py` puts their answers together, `parts.py` times samplers and optimizers alone, and `table.py` shows it. But for
+`table.py` nothing here needs more than torch and numpy, so that it runs on a bare GPU machine.
 """

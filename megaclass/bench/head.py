@@ -33,7 +33,10 @@ def compare(
         missing[PEER] = "no --peer; give the folder recognition/arcface_torch of a checkout of deepinsight/insightface"
     else:
         check_peer(peer)
-        names.append(PEER)
+        if case.world_size > 1:
+            names.append(PEER)
+        else:
+            missing[PEER] = "needs a process group; give --nproc 2 or more"
     answers = ranks.run(_measured, case.world_size, case, names, peer, repeats)
     flops = min(answer["rates"][0] for answer in answers)
     copied = min(answer["rates"][1] for answer in answers)
@@ -56,6 +59,9 @@ def _report(
 ) -> Report:
     """One entry of `cases`: the slowest rank's times, all ranks' bytes."""
     slowest = max(times, key=lambda rank: statistics.median(rank.cpu))
+    if name != measure.OURS:
+        # The others know one type of rows and one optimizer.
+        case = replace(case, row_dtype="float32", row_update="deferred", optimizer="sgd")
     report: Report = {
         "case": case.as_dict(),
         "impl": name,

@@ -23,9 +23,10 @@ _LR, _MOMENTUM = 0.1, 0.9
 class _Dense:
     """A class layer as torch's users write it: all rows as one parameter, dense gradient, dense optimizer."""
 
-    def __init__(self, case: Case, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, case: Case, world: World, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(case.num_classes, case.dim, generator=generator).mul_(0.01))
+        rows = torch.randn(case.num_classes, case.dim, generator=generator).mul_(0.01)
+        self.weight = nn.Parameter(rows.to(world.device))
         self._loss = loss
         self._optimizer = torch.optim.SGD([self.weight], lr=_LR, momentum=_MOMENTUM)
 
@@ -128,9 +129,9 @@ def build(name: str, case: Case, world: World, peer: Path | None) -> Head:
         return _Peer(case, peer)
     losses = {"torch-cross-entropy": _cross_entropy, "naive-d-softmax": _d_softmax}
     if name in losses:
-        return _Dense(case, losses[name])
+        return _Dense(case, world, losses[name])
     assert name.startswith("torch-linear-cross-entropy"), name
-    return _Dense(case, _linear_cross_entropy(int(name.rsplit("-", 1)[1]) if name[-1].isdigit() else None))
+    return _Dense(case, world, _linear_cross_entropy(int(name.rsplit("-", 1)[1]) if name[-1].isdigit() else None))
 
 
 BASELINES = ("torch-cross-entropy", "torch-linear-cross-entropy", "torch-linear-cross-entropy-64", "naive-d-softmax")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from megaclass.errors import ConfigError, PeerError, UserError
@@ -24,6 +25,7 @@ def run(function: Callable[..., Any], world_size: int, *args: Any, seconds: floa
     context = multiprocessing.get_context("spawn")
     port = _free_port()
     ranks, receivers = [], []
+    has_all = False
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_rank, args=(rank, world_size, port, function, args, sender), daemon=True)
@@ -33,18 +35,34 @@ def run(function: Callable[..., Any], world_size: int, *args: Any, seconds: floa
         ranks.append(process)
         receivers.append(receiver)
     try:
-        return [_answer(rank, receiver, seconds) for rank, receiver in enumerate(receivers)]
+        answers = _answers(receivers, seconds)
+        has_all = True
+        return answers
     finally:
         for process in ranks:
-            process.join(timeout=5)
-            if process.is_alive():
+            process.join(timeout=5 if has_all else 0)
+            if process.is_alive():  # one that waits for a rank that failed
                 process.kill()
                 process.join()
 
 
-def _answer(rank: int, receiver: Connection, seconds: float) -> Any:
-    if not receiver.poll(seconds):
-        raise PeerError(f"rank {rank} gave no answer within {seconds:.0f} s")
+def _answers(receivers: list[Connection], seconds: float) -> list[Any]:
+    """All ranks' results, heard in the order they come, so that the first to fail is the one that is told."""
+    found: dict[int, Any] = {}
+    waiting = {receiver: rank for rank, receiver in enumerate(receivers)}
+    deadline = time.monotonic() + seconds
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise PeerError(f"rank {min(waiting.values())} gave no answer within {seconds:.0f} s")
+        for receiver in ready:
+            assert isinstance(receiver, Connection)
+            rank = waiting.pop(receiver)
+            found[rank] = _answer(rank, receiver)
+    return [found[rank] for rank in range(len(receivers))]
+
+
+def _answer(rank: int, receiver: Connection) -> Any:
     try:
         kind, value = receiver.recv()
     except EOFError:

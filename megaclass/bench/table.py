@@ -32,7 +32,7 @@ def show(reports: Sequence[dict[str, Any]], missing: dict[str, str]) -> None:
     first: dict[str, float] = {}
     for report in reports:
         case = report["case"]
-        key = str(case)
+        key = str([case.get(name) for name in ("num_classes", "num_rows", "sampling_rate")])
         ours = first.setdefault(key, report["cpu_ms"])
         spread = report["cpu_ms_spread"]
         low, *_, high = spread.values()

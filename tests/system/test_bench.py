@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from megaclass.bench import head, measure, parts
+from megaclass.bench import head, measure, parts, ranks
 from megaclass.bench.case import Case
 from megaclass.cli import main
+from megaclass.errors import PeerError
 from megaclass.parallel.process import World
 
 SMALL = ["--num-classes", "400", "--dim", "16", "--batch-size", "3", "--repeats", "3"]
@@ -175,6 +176,25 @@ def test_the_floor_is_that_of_the_cost_model() -> None:
     assert head.floor_bytes(low) == pytest.approx(102.8e9, rel=1e-3)
     # Six samples: the rows' bytes are the bound, read twice and written once.
     assert head.floor_seconds(low, 1e30, 4.3e12) == pytest.approx(100e6 * 512 * (6 + 8 / 512) / 4.3e12)
+
+
+def _second_rank_fails(world: World) -> int:
+    from megaclass.parallel.collectives import sum_over_ranks
+
+    if world.rank == 1:
+        raise ZeroDivisionError("of the second rank")
+    return int(sum_over_ranks(torch.zeros(1), world.group))
+
+
+@pytest.mark.distributed
+def test_the_rank_that_failed_is_told_and_not_the_one_that_waits() -> None:
+    with pytest.raises(PeerError, match=r"rank 1 failed:(.|\n)*ZeroDivisionError: of the second rank"):
+        ranks.run(_second_rank_fails, 2)
+
+
+def test_the_peer_is_left_out_on_one_rank(peer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "head", *SMALL, "--sampling-rate", "0.25", "--no-memory", "--peer", str(peer)]) == 0
+    assert "left out: partialfc_v2 (needs a process group; give --nproc 2 or more)" in capsys.readouterr().out
 
 
 def test_percentiles_are_those_of_the_sample() -> None:

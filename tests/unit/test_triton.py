@@ -25,16 +25,6 @@ TERMS: dict[str, Exponential] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interpreted() -> Any:
-    """Triton reads the variable when a kernel is defined, so it must be set before the module is imported."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    yield
-    if before is None:
-        del os.environ["TRITON_INTERPRET"]
-
-
 def inputs(
     dim: int, drawn: int | None, dtype: torch.dtype, m: int = 37, n: int = 51
 ) -> tuple[Tensor, Candidates, Tensor]:
