@@ -55,13 +55,13 @@ class Own:
         row: [G] int64 local class, -1 where another shard owns it.
         weight_row: [G] int64 row of the class weights that stands for it (the best sub-centre), -1 elsewhere.
         unit: [G, dim] that row as a unit vector, zeros elsewhere.
-        length: [G, 1] its length, 1 elsewhere.
+        inverse: [G, 1] 1 / its length; 0 elsewhere, and for a row of length zero, which has no direction.
     """
 
     row: Tensor
     weight_row: Tensor
     unit: Tensor
-    length: Tensor
+    inverse: Tensor
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class ClassLayer(torch.autograd.Function):
             terms, derivatives = _loss_and_derivatives(classifier, cosine, own, facts, sums, draw, this)
         ctx.classifier, ctx.sums, ctx.draw, ctx.loss = classifier, sums, draw, terms[0].detach()
         ctx.save_for_backward(
-            embeddings, own.row, own.weight_row, own.unit, own.length, cosine,
+            embeddings, own.row, own.weight_row, own.unit, own.inverse, cosine,
             derivatives.cosine, derivatives.total, derivatives.norm, derivatives.bias,
         )  # fmt: skip
         ctx.mark_non_differentiable(*terms[1:])
@@ -119,8 +119,8 @@ class ClassLayer(torch.autograd.Function):
         """Step 7."""
         classifier: ShardedClassifier = ctx.classifier
         with classifier.timed():
-            embeddings, row, weight_row, unit, length, cosine, d_cosine, d_total, d_norm, d_bias = ctx.saved_tensors
-            own = Own(row, weight_row, unit, length)
+            embeddings, row, weight_row, unit, inverse, cosine, d_cosine, d_total, d_norm, d_bias = ctx.saved_tensors
+            own = Own(row, weight_row, unit, inverse)
             d_cosine, d_total = d_cosine * grad_loss, d_total * grad_loss
             partial = d_cosine[:, None] * own.unit
             if ctx.draw.batch_rows is None:
@@ -160,22 +160,22 @@ def _own_rows(classifier: ShardedClassifier, embeddings: Tensor, labels: Tensor)
     row = classifier.shard.to_row(labels)
     is_elsewhere = row < 0
     if len(weight) == 0:
-        return Own(row, row, torch.zeros_like(embeddings), embeddings.new_ones(len(row), 1))
+        return Own(row, row, torch.zeros_like(embeddings), embeddings.new_zeros(len(row), 1))
     weight_row = row.clamp_min(0)
     if per_class > 1:
         every = weight.unflatten(0, (-1, per_class))[weight_row].to(embeddings.dtype)
         every = torch.nn.functional.normalize(every, dim=2)
         weight_row = weight_row * per_class + torch.linalg.vecdot(every, embeddings[:, None, :]).argmax(dim=1)
     own = weight.index_select(0, weight_row).to(embeddings.dtype)
-    length = own.norm(dim=1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny)
-    unit = (own / length).masked_fill_(is_elsewhere[:, None], 0.0)
-    return Own(row, weight_row.masked_fill(is_elsewhere, -1), unit, length)
+    length = own.norm(dim=1, keepdim=True)
+    inverse = torch.where((length > 0) & ~is_elsewhere[:, None], 1 / length, 0.0)
+    return Own(row, weight_row.masked_fill(is_elsewhere, -1), own * inverse, inverse)
 
 
 def _own_row_gradient(embeddings: Tensor, own: Own, cosine: Tensor, d_cosine: Tensor) -> RowGradient:
     """The gradient that reaches class weights through the positive cosines of the samples this shard owns."""
     is_owned = own.row >= 0
-    direction = (embeddings - cosine[:, None] * own.unit) * (d_cosine[:, None] / own.length)
+    direction = (embeddings - cosine[:, None] * own.unit) * (d_cosine[:, None] * own.inverse)
     rows, position = torch.unique(own.weight_row[is_owned], return_inverse=True)
     return RowGradient(
         rows, embeddings.new_zeros(len(rows), embeddings.shape[1]).index_add_(0, position, direction[is_owned])

@@ -81,7 +81,7 @@ class ShardedClassifier(nn.Module):
         group: the ranks that hold the other shards; None for one process.
         grad_divisor: what the strategy divides backbone gradients by. The embedding gradient is multiplied by it, so
             that the backbone's gradient is that of the mean over the global batch. It appears nowhere else.
-        kernel: `auto`, `reference` or `chunked`.
+        kernel: `auto`, `reference`, `chunked` or `triton`.
         balance: weights and margins of the classes of this shard, from their counts; None for all alike.
 
     Attributes:

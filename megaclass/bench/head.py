@@ -74,10 +74,12 @@ def _report(
     if memory is not None:
         report |= {
             "peak_bytes": sum(rank.peak - rank.interpreter for rank in memory),
-            # What a step needs beyond rows and state; those that were never touched take no memory yet.
-            "extra_bytes": max(0, sum(rank.peak_in_steps - rank.interpreter for rank in memory) - floor_bytes(case)),
             "floor_bytes": floor_bytes(case),
         }
+        if case.sampling_rate == 1:
+            # What a step needs beyond rows and state. With a sample, state that was never touched takes no memory yet,
+            # and the difference would flatter.
+            report["extra_bytes"] = sum(rank.peak_in_steps - rank.interpreter for rank in memory) - floor_bytes(case)
     return report
 
 

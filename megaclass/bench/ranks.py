@@ -7,7 +7,8 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -94,18 +95,18 @@ def _rank(
         sender.send(("fault", traceback.format_exc()))
 
 
-class _one_thread:
+@contextmanager
+def _one_thread() -> Iterator[None]:
     """Processes started inside use one thread: ranks that share cores must not each take all of them."""
-
-    def __enter__(self) -> None:
-        self._before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is None:
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
             del os.environ["OMP_NUM_THREADS"]
         else:
-            os.environ["OMP_NUM_THREADS"] = self._before
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _free_port() -> int:

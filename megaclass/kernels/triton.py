@@ -180,6 +180,8 @@ def check(term: Term, candidates: Candidates, embeddings: Tensor) -> None:
         raise ValueError(f"kernel triton needs a CUDA device, or TRITON_INTERPRET=1 to be tried on a CPU; {use}")
     if embeddings.dtype != torch.float32:
         raise ValueError(f"kernel triton computes in float32, not {embeddings.dtype}; {use}")
+    if candidates.weight.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"kernel triton takes rows of float32 or bfloat16, not {candidates.weight.dtype}; {use}")
     if not isinstance(term, Exponential):
         raise ValueError(f"kernel triton has no sums of per-class terms (SphereFace2, UniFace, SFace); {use}")
     if term.use_maximum:

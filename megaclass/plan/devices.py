@@ -9,12 +9,12 @@ these numbers is a measurement of ours; the CPU is one core of a present server,
 from __future__ import annotations
 
 import difflib
-import time
 from dataclasses import dataclass, replace
 
 import torch
 
 from megaclass.errors import ConfigError
+from megaclass.parallel.process import World
 
 GIB = 2**30
 
@@ -72,19 +72,10 @@ def find(name: str) -> Device:
 
 
 def calibrated() -> Device:
-    """`cpu` with the rates this process measures in about a second: float32 products and a copy."""
-    left, copied = torch.rand(768, 768), torch.rand(16 * 2**20)
-    target = torch.empty_like(copied)
-    flops = 2 * 768**3 / _fastest(lambda: torch.mm(left, left))
-    bandwidth = 2 * copied.nbytes / _fastest(lambda: target.copy_(copied))
-    return replace(DEVICES["cpu"], fp32_flops=flops, bf16_flops=flops, bandwidth=bandwidth)
+    """`cpu` with the rates this process measures in a second or two: products of both types and a copy."""
+    from megaclass.bench.measure import calibrated as measured
 
-
-def _fastest(call: object) -> float:
-    assert callable(call)
-    best, end = float("inf"), time.perf_counter() + 0.4
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
+    here = World(0, 1, 0, torch.device("cpu"), None, None)
+    fp32, bandwidth = measured(here, 512, 512, False)
+    bf16, _ = measured(here, 512, 512, True)
+    return replace(DEVICES["cpu"], fp32_flops=fp32, bf16_flops=bf16, bandwidth=bandwidth)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from megaclass.config import Config
+from megaclass.data.manifest import load_manifest, load_split
 from megaclass.objectives import presets
-from megaclass.parallel.process import World
 from megaclass.plan import backbone, memory, step, work
 from megaclass.plan.devices import Device
 from megaclass.train import build
@@ -105,18 +103,18 @@ def forecast(config: Config, num_classes: int, world_size: int, device: Device) 
 
 
 def number_of_classes(config: Config) -> int:
-    """Classes that a configuration trains on; opens the data set only where the configuration does not say.
+    """Classes that a configuration trains on: as it says, else those of the data set's manifest.
 
     Raises:
-        ConfigError, DataError: as the run would.
+        DataError: the manifest or its split cannot be read.
     """
-    if config.dataset.reader == "synthetic":
-        return config.dataset.synthetic.num_classes
-    reader = build.build_reader(config, World(0, 1, 0, torch.device("cpu"), None, None))
-    try:
-        return reader.num_classes
-    finally:
-        reader.close()
+    dataset = config.dataset
+    if dataset.reader == "synthetic":
+        return dataset.synthetic.num_classes
+    if dataset.num_classes is not None:
+        return dataset.num_classes
+    assert dataset.path is not None
+    return load_split(dataset.path, load_manifest(dataset.path), dataset.split).num_classes
 
 
 def readable(size: int) -> str:

@@ -129,14 +129,13 @@ def build_classifier(
     preset = resolve_preset(config)
     shard = ClassShard(reader.num_classes, world.rank, world.size)
     graph = build_graph(config, preset, shard, world)
-    if config.classifier.kernel == "triton" and world.device.type != "cuda":
-        raise ConfigError(
-            f"classifier.kernel triton needs a CUDA device, and this run is on {world.device.type}; use auto or chunked"
-        )
+    own_loss = build_loss(config, preset, reader.num_classes, graph)
+    if config.classifier.kernel == "triton":
+        check_fused(config, own_loss, world.device)
     classifier = ShardedClassifier(
         config.backbone.dim,
         shard,
-        build_loss(config, preset, reader.num_classes, graph),
+        own_loss,
         seed=config.train.seed,
         group=world.group,
         grad_divisor=grad_divisor,
@@ -151,6 +150,41 @@ def build_classifier(
         device=world.device,
     )
     return classifier, graph
+
+
+def check_fused(config: Config, own_loss: loss.Loss, device: torch.device) -> None:
+    """Refuse a run that the fused kernels do not cover; they would refuse its first step.
+
+    Raises:
+        ConfigError: with what it is.
+    """
+    faults = [
+        text
+        for is_fault, text in (
+            (device.type != "cuda", f"needs a CUDA device, and this run is on {device.type}"),
+            (config.train.precision == "float64", "computes in float32, and train.precision is float64"),
+            (
+                own_loss.rows_per_class > 1,
+                f"has no sub-centres, and classifier.sub_centres is {own_loss.rows_per_class}",
+            ),
+            (
+                config.backbone.dim > 1024,
+                f"takes embeddings of up to 1024 numbers, and backbone.dim is {config.backbone.dim}",
+            ),
+            (
+                not own_loss.objective.is_exponential,
+                f"has no sums of per-class terms, as {own_loss.preset.objective!r} is",
+            ),
+            (own_loss.use_maximum, "has no maxima, which exponents beyond float32 need; lower classifier.scale"),
+            (
+                own_loss.preset.negative_map not in ("identity", "quadratic"),
+                f"knows no negative map {own_loss.preset.negative_map!r}",
+            ),
+        )
+        if is_fault
+    ]
+    if faults:
+        raise ConfigError("\n".join(f"classifier.kernel triton {fault}; use auto or chunked" for fault in faults))
 
 
 def build_graph(config: Config, preset: presets.Preset, shard: ClassShard, world: World) -> NeighbourGraph | None:

@@ -51,6 +51,21 @@ def test_batch_size_may_change_between_calls() -> None:
         assert bool(torch.isfinite(output.loss))
 
 
+@pytest.mark.parametrize("rows_per_class", [1, 2])
+def test_a_sample_whose_own_row_has_no_direction_moves_nothing_there(rows_per_class: int) -> None:
+    classifier = build(Case("d-softmax", 13, 5, "any", rows_per_class=rows_per_class))
+    classifier.weight.data[3 * rows_per_class : 4 * rows_per_class] = 0.0
+    embeddings = random_embeddings(2).requires_grad_()
+    output = classifier(embeddings, torch.tensor([3, 5]), draw_id=0)
+    output.loss.backward()
+    gradient = classifier.take_row_gradient()
+    assert gradient is not None
+    assert gradient.rows is None
+    assert gradient.values[3 * rows_per_class : 4 * rows_per_class].abs().max() == 0
+    assert bool(torch.isfinite(gradient.values).all())
+    assert bool(torch.isfinite(embeddings.grad).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_true_loss_of_200_is_reported_as_200(dtype: torch.dtype) -> None:
     """The peer clamps probabilities at 1e-30 and shows 69.08 for any larger loss."""
