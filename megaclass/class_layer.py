@@ -2,14 +2,17 @@
 
 The path of one batch, W ranks with B samples each, G = W B:
 
- 1. the embeddings [B, dim] and labels [B] are gathered to [G, dim] and [G];
- 2. the sampler draws the negative rows of this shard, or the part of the batch that has an inter term;
+ 1. the labels [B] are gathered to [G], and the sampler draws the negative rows of this shard, or the part of the batch
+    that has an inter term;
+ 2. the embeddings [B, dim] are gathered to [G, dim]; where a part has an inter term only that part is, and the others
+    are sent to the owners of their classes (`parallel/exchange.py`);
  3. the rank that owns a sample's class computes its cosine, and for a dissected loss its intra term, alone;
  4. the kernel sums what this shard's negatives contribute and, with it, the embedding gradient of each sum;
  5. ONE all-reduce completes the sums; it also carries the positive logits where the loss is entangled. A negative map
-    that must know the positive cosines takes one more before step 4, exponents beyond float32 one for the maxima;
+    that must know the positive cosines takes one more before step 4, exponents beyond float32 one for the maxima, and a
+    margin that depends on the lengths of the embeddings has these gathered and their gradient sent back;
  6. the objective gives the loss and its derivatives in each sum and each positive cosine, the same on every rank;
- 7. backward: the embedding gradient is reduce-scattered to the ranks its samples came from, and while it travels the
+ 7. backward: the embedding gradient is sent back to the ranks its samples came from, and while it travels the
     gradient of the class-weight rows is computed.
 
 One function, because the gradient of a sharded loss is not what differentiating each collective on its own would give,
@@ -41,6 +44,7 @@ from megaclass.parallel.collectives import (
     sum_over_ranks,
     sum_over_shards,
 )
+from megaclass.parallel.exchange import Exchange, exchange
 from megaclass.sampling.draw import Draw
 
 if TYPE_CHECKING:
@@ -49,13 +53,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Own:
-    """Each sample's own class on this shard.
+    """Each sample's own class on this shard; [o] are those of the samples whose embeddings are here (`Exchange.own`).
 
     Attributes:
         row: [G] int64 local class, -1 where another shard owns it.
-        weight_row: [G] int64 row of the class weights that stands for it (the best sub-centre), -1 elsewhere.
-        unit: [G, dim] that row as a unit vector, zeros elsewhere.
-        inverse: [G, 1] 1 / its length; 0 elsewhere, and for a row of length zero, which has no direction.
+        weight_row: [o] int64 row of the class weights that stands for it (the best sub-centre), -1 elsewhere.
+        unit: [o, dim] that row as a unit vector, zeros elsewhere.
+        inverse: [o, 1] 1 / its length; 0 elsewhere, and for a row of length zero, which has no direction.
     """
 
     row: Tensor
@@ -80,25 +84,27 @@ class Pass:
 
 
 class ClassLayer(torch.autograd.Function):
-    """Steps 1 to 7; embeddings [B, dim (+ 1: their lengths)] -> loss, intra, inter, positive cosine, monitors."""
+    """Steps 1 to 7; embeddings [B, dim], their lengths [B] or None -> loss, intra, inter, positive cosine, monitors."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, labels: Tensor, classifier: ShardedClassifier, this: Pass) -> Any:
+    def forward(
+        ctx: Any, embeddings: Tensor, norm: Tensor | None, labels: Tensor, classifier: ShardedClassifier, this: Pass
+    ) -> Any:
         """Steps 1 to 6."""
         loss, group = classifier.loss, classifier.group
-        with torch.autocast(packed.device.type, enabled=False):
-            gathered = all_gather_batch(_as_sent(packed, classifier), group).to(packed.dtype)
+        with torch.autocast(embeddings.device.type, enabled=False):
             labels = all_gather_batch(labels, group)
-            embeddings = gathered[:, : classifier.dim]
-            norm = gathered[:, classifier.dim] if loss.margin.needs_norm else None
             draw = loss.sampler.draw(labels, classifier.shard, this.draw_id, this.values.sampling_rate)
-            own = _own_rows(classifier, embeddings, labels)
-            cosine = (embeddings * own.unit).sum(dim=1)
+            owner = classifier.shard.owner_of(labels)
+            batch = exchange(_as_sent(embeddings, classifier), owner, draw.batch_rows, group, dtype=embeddings.dtype)
+            own = _own_rows(classifier, batch.own, classifier.shard.to_row(labels), batch)
+            cosine = batch.spread((batch.own * own.unit).sum(dim=1))
+            norm = None if norm is None else all_gather_batch(norm, group)
             facts = Facts(norm, stream_key(loss.seed, STREAM_MARGIN, this.draw_id))
             chosen = slice(None) if draw.batch_rows is None else draw.batch_rows
             candidates = Candidates(classifier.weight.detach(), draw.rows, draw.log_weight, loss.rows_per_class)
             sums = negatives.forward(
-                embeddings[chosen],
+                batch.inter,
                 candidates,
                 own.row[chosen],
                 _term(classifier, cosine, own, facts, chosen, this.values),
@@ -106,62 +112,55 @@ class ClassLayer(torch.autograd.Function):
                 kernel=classifier.kernel,
             )
             terms, derivatives = _loss_and_derivatives(classifier, cosine, own, facts, sums, draw, this)
-        ctx.classifier, ctx.sums, ctx.draw, ctx.loss = classifier, sums, draw, terms[0].detach()
+        ctx.classifier, ctx.sums, ctx.draw, ctx.batch, ctx.loss = classifier, sums, draw, batch, terms[0].detach()
         ctx.save_for_backward(
-            embeddings, own.row, own.weight_row, own.unit, own.inverse, cosine,
+            own.row, own.weight_row, own.unit, own.inverse, cosine,
             derivatives.cosine, derivatives.total, derivatives.norm, derivatives.bias,
         )  # fmt: skip
         ctx.mark_non_differentiable(*terms[1:])
         return terms
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         """Step 7."""
         classifier: ShardedClassifier = ctx.classifier
         with classifier.timed():
-            embeddings, row, weight_row, unit, inverse, cosine, d_cosine, d_total, d_norm, d_bias = ctx.saved_tensors
+            row, weight_row, unit, inverse, cosine, d_cosine, d_total, d_norm, d_bias = ctx.saved_tensors
+            batch: Exchange = ctx.batch
             own = Own(row, weight_row, unit, inverse)
-            d_cosine, d_total = d_cosine * grad_loss, d_total * grad_loss
-            partial = d_cosine[:, None] * own.unit
-            if ctx.draw.batch_rows is None:
-                partial += d_total[:, None] * ctx.sums.embedding_gradient
-            else:
-                partial.index_add_(0, ctx.draw.batch_rows, d_total[:, None] * ctx.sums.embedding_gradient)
+            d_cosine, d_total = batch.at_own(d_cosine) * grad_loss, d_total * grad_loss
+            divisor = classifier.grad_divisor
+            partial = (d_cosine * divisor)[:, None] * own.unit
+            travelling = batch.send_back(partial, (d_total * divisor)[:, None] * ctx.sums.embedding_gradient)
             if d_norm is not None:
-                partial = torch.cat([partial, (d_norm * grad_loss)[:, None]], dim=1)
-            travelling = reduce_scatter_batch(partial * classifier.grad_divisor, classifier.group)
+                travelling_norm = reduce_scatter_batch(d_norm * grad_loss * divisor, classifier.group)
             classifier.receive_rows(
                 ctx.sums.row_pass(d_total),
                 None if ctx.draw.rows is None else rows_of(ctx.draw.rows, classifier.loss.rows_per_class),
-                _own_row_gradient(embeddings, own, cosine, d_cosine),
+                _own_row_gradient(batch.own, own, batch.at_own(cosine), d_cosine),
                 ctx.loss,
             )
             if d_bias is not None:
                 classifier.add_bias_gradient(sum_over_ranks(d_bias * grad_loss, classifier.group))
-            return travelling.wait(), None, None, None
+            return travelling.wait(), None if d_norm is None else travelling_norm.wait(), None, None, None
 
 
-def _as_sent(packed: Tensor, classifier: ShardedClassifier) -> Tensor:
+def _as_sent(embeddings: Tensor, classifier: ShardedClassifier) -> Tensor:
     """Embeddings as they travel: bfloat16 where the rows are, as their products take them so; gradients stay float32.
 
     All terms of the loss then see the same embedding, and the loss is that of the rounded one.
     """
-    if classifier.weight.dtype != torch.bfloat16:
-        return packed
-    rounded = packed.bfloat16()
-    if not classifier.loss.margin.needs_norm:
-        return rounded
-    return torch.cat([rounded[:, : classifier.dim].to(packed.dtype), packed[:, classifier.dim :]], dim=1)
+    return embeddings.bfloat16() if classifier.weight.dtype == torch.bfloat16 else embeddings
 
 
-def _own_rows(classifier: ShardedClassifier, embeddings: Tensor, labels: Tensor) -> Own:
+def _own_rows(classifier: ShardedClassifier, embeddings: Tensor, row: Tensor, batch: Exchange) -> Own:
     """Each sample's own class weight, normalised; of several sub-centres the one with the largest cosine."""
     weight, per_class = classifier.weight.detach(), classifier.loss.rows_per_class
-    row = classifier.shard.to_row(labels)
-    is_elsewhere = row < 0
+    weight_row = batch.at_own(row)
+    is_elsewhere = weight_row < 0
     if len(weight) == 0:
-        return Own(row, row, torch.zeros_like(embeddings), embeddings.new_zeros(len(row), 1))
-    weight_row = row.clamp_min(0)
+        return Own(row, weight_row, torch.zeros_like(embeddings), embeddings.new_zeros(len(embeddings), 1))
+    weight_row = weight_row.clamp_min(0)
     if per_class > 1:
         every = weight.unflatten(0, (-1, per_class))[weight_row].to(embeddings.dtype)
         every = torch.nn.functional.normalize(every, dim=2)
@@ -174,7 +173,7 @@ def _own_rows(classifier: ShardedClassifier, embeddings: Tensor, labels: Tensor)
 
 def _own_row_gradient(embeddings: Tensor, own: Own, cosine: Tensor, d_cosine: Tensor) -> RowGradient:
     """The gradient that reaches class weights through the positive cosines of the samples this shard owns."""
-    is_owned = own.row >= 0
+    is_owned = own.weight_row >= 0
     direction = (embeddings - cosine[:, None] * own.unit) * (d_cosine[:, None] * own.inverse)
     rows, position = torch.unique(own.weight_row[is_owned], return_inverse=True)
     return RowGradient(

@@ -155,18 +155,18 @@ class ShardedClassifier(nn.Module):
         Raises:
             DataError: a label outside [0, num_classes) or not an integer; found on this rank, before anything is sent.
 
-        Cost: one all-gather of the embeddings and one of the labels, one all-reduce of m + 2 numbers (m + G + 2 for an
-        entangled loss; W + 4 more with monitors), and in backward one reduce-scatter of the embedding gradients. What
-        a loss needs beyond that it says itself (`class_layer.py`).
+        Cost: one all-gather of the labels and one of the embeddings, one all-reduce of m + 2 numbers (m + G + 2 for an
+        entangled loss; W + 4 more with monitors), and in backward one reduce-scatter of the embedding gradients. Where
+        m < G samples have an inter term the two large ones are of m embeddings, beside an all-to-all of this rank's B
+        each way (`parallel/exchange.py`). What a loss needs beyond that it says itself (`class_layer.py`).
         """
         check_labels(labels, self.shard.num_classes)
         with self.timed():
             embeddings = embeddings.to(self.dtype)
-            packed = normalised(embeddings, self.loss.normalisation)
-            if self.loss.margin.needs_norm:
-                packed = torch.cat([packed, torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)], dim=1)
+            norm = torch.linalg.vector_norm(embeddings, dim=1) if self.loss.margin.needs_norm else None
+            embeddings = normalised(embeddings, self.loss.normalisation)
             this = Pass(draw_id, values or self.loss.preset.values(0.0), monitor)
-            loss, intra, inter, positive_cosine, seen = ClassLayer.apply(packed, labels, self, this)
+            loss, intra, inter, positive_cosine, seen = ClassLayer.apply(embeddings, norm, labels, self, this)
         return ClassifierOutput(loss, intra, inter, positive_cosine, Monitors(*seen.unbind()) if monitor else None)
 
     def take_row_gradient(self) -> RowGradient | None:

@@ -49,7 +49,7 @@ def all_gather_batch(x: Tensor, group: Group) -> Tensor:
 
 
 class PendingPart:
-    """This rank's part of a reduce-scatter that is still on its way; `wait()` gives it."""
+    """This rank's part of a collective that is still on its way; `wait()` gives it."""
 
     def __init__(self, part: Tensor, work: dist.Work | None) -> None:
         self._part = part
@@ -74,6 +74,18 @@ def reduce_scatter_batch(x: Tensor, group: Group) -> PendingPart:
     part = x.new_empty((x.shape[0] // group_size(group), *x.shape[1:]))
     work = _reduce_scatter_single(part, x.contiguous(), group=group, async_op=True)
     return PendingPart(part, work)
+
+
+def route_rows(x: Tensor, send: list[int], receive: list[int], group: Group) -> PendingPart:
+    """Start sending the first `send[0]` rows of `x` to rank 0, the next `send[1]` to rank 1, and so on.
+
+    In -> out: different [sum of send, width] per rank -> different [sum of receive, width], in the order of the ranks
+    they come from; `receive` says how many each sends here. Gradient: none; its adjoint is itself with `send` and
+    `receive` exchanged. Cost: one all-to-all of the rows.
+    """
+    out = x.new_empty((sum(receive), *x.shape[1:]))
+    work = dist.all_to_all_single(out, x.contiguous(), receive, send, group=group, async_op=True)
+    return PendingPart(out, work)
 
 
 class _SumOverShards(torch.autograd.Function):

@@ -47,3 +47,7 @@ class ClassShard:
         """Local row of each global class id [batch] int64, -1 where another shard owns it."""
         rows = labels - self.start
         return torch.where((rows >= 0) & (rows < self.num_rows), rows, -1)
+
+    def owner_of(self, labels: Tensor) -> Tensor:
+        """Index of the shard that owns each global class id [batch] int64."""
+        return labels // self._block

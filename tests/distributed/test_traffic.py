@@ -45,7 +45,8 @@ def _record(world: World, case: Case) -> list[tuple[str, int]]:
             (collectives, "_all_gather_single", "all-gather", 1),
             (collectives, "_reduce_scatter_single", "reduce-scatter", 1),
             (dist, "all_reduce", "all-reduce", 0),
-            *((dist, other, other, 0) for other in ("all_gather", "broadcast", "reduce", "all_to_all_single")),
+            (dist, "all_to_all_single", "all-to-all", 1),
+            *((dist, other, other, 0) for other in ("all_gather", "broadcast", "reduce")),
         ):
             stack.enter_context(mock.patch.object(where, function, watch(name, getattr(where, function), argument)))
         classifier(raw, labels[mine], draw_id=0, monitor=case.monitor).loss.backward()
@@ -65,7 +66,6 @@ BALANCED = {"balance": (0.5, 0.25)}
     ("case", "reduced"),
     [
         (_case("d-softmax"), [DISSECTED]),
-        (_case("d-softmax-b"), [PART + 2]),
         (_case("softmax"), [ENTANGLED]),
         (_case("partial-fc"), [ENTANGLED]),
         (_case("so-softmax"), [ENTANGLED]),
@@ -78,17 +78,46 @@ BALANCED = {"balance": (0.5, 0.25)}
         (_case("softmax", rows_per_class=3, negative_filter=0.3), [ENTANGLED]),
         (_case("curricularface"), [2 * GLOBAL, ENTANGLED]),
         (_case("circle", scale=None), [("all-reduce of maxima", GLOBAL), ENTANGLED]),
-        (_case("d-softmax-b", normalisation="batch-norm"), [("all-reduce of maxima", PART), PART + 2]),
     ],
 )
 def test_two_all_gathers_few_all_reduces_one_reduce_scatter(case: Case, reduced: list[Any]) -> None:
     wanted = [("all-reduce", one) if isinstance(one, int) else one for one in reduced]
     for sent in spawn(_record, WORLD_SIZE, case):
         assert sent == [
-            ("all-gather", BATCH * DIM),
             ("all-gather", BATCH),
+            ("all-gather", BATCH * DIM),
             *wanted,
             ("reduce-scatter", GLOBAL * DIM),
+        ]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("case", "reduced"),
+    [
+        (_case("d-softmax-b"), [("all-reduce", PART + 2)]),
+        (
+            _case("d-softmax-b", normalisation="batch-norm"),
+            [("all-reduce of maxima", PART), ("all-reduce", PART + 2)],
+        ),
+    ],
+)
+def test_a_part_of_the_batch_goes_to_all_and_the_rest_to_its_owners(case: Case, reduced: list[tuple[str, int]]) -> None:
+    """Three of ten samples are padded to the longer of both ranks' parts."""
+    labels = case.inputs(WORLD_SIZE)[1]
+    parts = case.draw(labels).batch_rows
+    assert parts is not None
+    assert len(parts) == PART
+    longest = max(int((parts // BATCH == rank).sum()) for rank in range(WORLD_SIZE))
+    for rank, sent in enumerate(spawn(_record, WORLD_SIZE, case)):
+        num_owned = int((ClassShard(13, rank, WORLD_SIZE).to_row(labels) >= 0).sum())
+        assert sent == [
+            ("all-gather", BATCH),
+            ("all-to-all", BATCH * DIM),
+            ("all-gather", longest * DIM),
+            *reduced,
+            ("reduce-scatter", WORLD_SIZE * longest * DIM),
+            ("all-to-all", num_owned * DIM),
         ]
 
 
@@ -97,8 +126,8 @@ def test_two_all_gathers_few_all_reduces_one_reduce_scatter(case: Case, reduced:
 def test_a_learned_bias_takes_one_number_more(preset: str) -> None:
     for sent in spawn(_record, WORLD_SIZE, _case(preset)):
         assert sent == [
-            ("all-gather", BATCH * DIM),
             ("all-gather", BATCH),
+            ("all-gather", BATCH * DIM),
             ("all-reduce", DISSECTED),
             # Sent first, because it is the longest on its way.
             ("reduce-scatter", GLOBAL * DIM),
@@ -108,13 +137,15 @@ def test_a_learned_bias_takes_one_number_more(preset: str) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("preset", ["adaface", "magface"])
-def test_lengths_of_embeddings_travel_as_one_column_more(preset: str) -> None:
+def test_lengths_of_embeddings_travel_apart(preset: str) -> None:
     for sent in spawn(_record, WORLD_SIZE, _case(preset)):
         assert sent == [
-            ("all-gather", BATCH * (DIM + 1)),
+            ("all-gather", BATCH),
+            ("all-gather", BATCH * DIM),
             ("all-gather", BATCH),
             ("all-reduce", ENTANGLED),
-            ("reduce-scatter", GLOBAL * (DIM + 1)),
+            ("reduce-scatter", GLOBAL * DIM),
+            ("reduce-scatter", GLOBAL),
         ]
 
 
@@ -180,7 +211,7 @@ def test_embeddings_travel_as_bfloat16_where_rows_are_and_gradients_never() -> N
     for dtype, item_bytes in ((torch.float32, 4), (torch.bfloat16, 2)):
         for sent in spawn(_bytes_sent, WORLD_SIZE, dtype):
             assert sent == [
-                ("_all_gather_single", BATCH * DIM * item_bytes),
                 ("_all_gather_single", BATCH * 8),
+                ("_all_gather_single", BATCH * DIM * item_bytes),
                 ("_reduce_scatter_single", GLOBAL * DIM * 4),
             ]
