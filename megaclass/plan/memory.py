@@ -9,7 +9,7 @@ from megaclass.plan.backbone import BackboneWork
 from megaclass.plan.work import Work
 from megaclass.train import build
 
-# Matrices [global batch, dim] alive together in the class layer: embeddings as sent and gathered, own rows and their
+# Matrices [gathered samples, dim] alive together in the class layer: embeddings as sent and gathered, own rows and their
 # unit vectors, the sums' gradient, the weighted embeddings, the partial gradient and its copy that travels.
 _BATCH_MATRICES = 8
 # Logits, slopes and exponents of a chunk; rows, direction and their temporaries.
@@ -53,7 +53,7 @@ def parts(config: Config, work: Work, backbone: BackboneWork, is_cpu: bool) -> d
         "moving average": 0 if config.optim.ema_decay is None else size,
         "backbone activations": backbone.activation_bytes,
         "input": work.batch * config.dataset.channels * config.dataset.image_size**2 * wide,
-        "gathered batch": _BATCH_MATRICES * work.global_batch * dim * wide,
+        "gathered batch": _BATCH_MATRICES * work.num_gathered * dim * wide,
         **_kernel_parts(config, work, wide),
     }
     # Lists of row numbers, int64, go with the gradient of drawn rows: the draw, the weight rows, the gradient's own.

@@ -61,11 +61,20 @@ def collectives(config: Config, preset: Preset, work: Work, backbone: BackboneWo
     numbers = work.inter_batch + 2
     if OBJECTIVES.find(preset.objective).needs_positive:
         numbers += work.global_batch
+    gathered = -(-work.inter_batch // ranks) * work.dim
+    routed = []
+    if work.inter_batch < work.global_batch:
+        each = micro * others * work.batch * work.dim // ranks
+        routed = [
+            Collective("all-to-all", "embeddings to owners", each * sent, micro),
+            Collective("all-to-all", "their gradient", each * size, micro),
+        ]
     return [
-        Collective("all-gather", "embeddings", micro * others * work.batch * work.dim * sent, micro),
         Collective("all-gather", "labels", micro * others * work.batch * 8, micro),
+        Collective("all-gather", "embeddings", micro * others * gathered * sent, micro),
+        *routed,
         Collective("all-reduce", "sums over negatives", micro * 2 * others * numbers * size // ranks, micro),
-        Collective("reduce-scatter", "embedding gradient", micro * others * work.batch * work.dim * size, micro),
+        Collective("reduce-scatter", "embedding gradient", micro * others * gathered * size, micro),
         Collective("all-reduce", "backbone gradient", 2 * others * backbone.parameter_bytes // ranks, 1),
         Collective("all-reduce", "gradient norm", 2 * others * 8 // ranks, 1),
     ]

@@ -48,6 +48,11 @@ class Work:
         """Products of one sample and one row in a micro-batch."""
         return self.inter_batch * self.num_candidates
 
+    @property
+    def num_gathered(self) -> int:
+        """Samples whose embeddings come to this rank: all, or those with an inter term and those of its classes."""
+        return min(self.global_batch, self.inter_batch + self.batch)
+
 
 def count(config: Config, preset: Preset, num_classes: int, world_size: int) -> Work:
     """The work of one rank.
