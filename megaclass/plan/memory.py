@@ -9,7 +9,7 @@ from megaclass.plan.backbone import BackboneWork
 from megaclass.plan.work import Work
 from megaclass.train import build
 
-# Matrices [gathered samples, dim] alive together in the class layer: embeddings as sent and gathered, own rows and their
+# Matrices [gathered samples, dim] alive together in the class layer: embeddings sent and gathered, own rows and their
 # unit vectors, the sums' gradient, the weighted embeddings, the partial gradient and its copy that travels.
 _BATCH_MATRICES = 8
 # Logits, slopes and exponents of a chunk; rows, direction and their temporaries.

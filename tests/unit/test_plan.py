@@ -99,8 +99,9 @@ def test_with_a_sixty_fourth_of_the_batch_a_thousand_ranks_send_a_sixtieth() -> 
     assert sent["embeddings"] == 1023 * 8 * 512 * 2
     assert sent["embeddings to owners"] == pytest.approx(512 * 512 * 2, rel=1e-2)
     assert sent["their gradient"] == 2 * sent["embeddings to owners"]
-    classifier = {"preset": "d-softmax", "row_dtype": "bfloat16"}
-    every = planned(10_000_000, 1024, classifier=classifier, train={"global_batch_size": 1024 * 512})
+    every = planned(
+        10_000_000, 1024, classifier=classifier | {"preset": "d-softmax-k"}, train={"global_batch_size": 1024 * 512}
+    )
     assert {one.what: one.sent_bytes for one in every.collectives}["embeddings"] == 1023 * 512 * 512 * 2
 
 
