@@ -66,9 +66,9 @@ def _report(
         "case": case.as_dict(),
         "impl": name,
         "repeats": len(slowest.wall),
-        "wall_ms": _percentiles(max(times, key=lambda rank: statistics.median(rank.wall)).wall),
+        "wall_ms": measure.percentiles(max(times, key=lambda rank: statistics.median(rank.wall)).wall),
         "cpu_ms": 1000 * statistics.median(slowest.cpu),
-        "cpu_ms_spread": _percentiles(slowest.cpu),
+        "cpu_ms_spread": measure.percentiles(slowest.cpu),
         "floor_ms": 1000 * floor_seconds(case, flops, copied),
     }
     if memory is not None:
@@ -109,12 +109,6 @@ def _bytes_per_number(case: Case) -> tuple[float, float]:
     return (2.0 if case.row_dtype == "bfloat16" else 4.0), states[case.optimizer]
 
 
-def _percentiles(seconds: list[float]) -> dict[str, float]:
-    """Milliseconds below which 20, 50 and 80 % of the steps lie."""
-    values = torch.tensor(seconds, dtype=torch.float64) * 1000
-    return {f"p{share}": float(torch.quantile(values, share / 100)) for share in (20, 50, 80)}
-
-
 def scaling(case: Case, counts: Sequence[int], rows: int, repeats: int) -> list[Report]:
     """Our head over several numbers of classes with so many rows drawn in each: the time should not know the number."""
     reports = []
@@ -126,5 +120,5 @@ def scaling(case: Case, counts: Sequence[int], rows: int, repeats: int) -> list[
 
 def document(reports: list[Report]) -> Report:
     """The JSON of `megaclass bench`: where it was measured, and every case."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else provenance.processor()
+    device = torch.cuda.get_device_name() if measure.has_gpu() else provenance.processor()
     return {"device": device, "torch": torch.__version__, "commit": provenance.commit() or "unknown", "cases": reports}

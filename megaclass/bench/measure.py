@@ -61,10 +61,10 @@ def timed(
     for number in range(warmup + repeats):
         embeddings, labels = batch(case, world, number)
         for name, head in heads.items():
-            _meet(world)
+            meet(world)
             wall, cpu = time.perf_counter(), time.process_time()
             head.step(embeddings, labels)
-            _finish(world)
+            finish(world)
             if number >= warmup:
                 found[name].wall.append(time.perf_counter() - wall)
                 found[name].cpu.append(time.process_time() - cpu)
@@ -74,30 +74,42 @@ def timed(
 def weighed(world: World, case: Case, name: str, peer: Path | None, steps: int = 4) -> Memory:
     """The memory of one implementation, alone in this process."""
     embeddings, labels = batch(case, world, 0)
-    _meet(world)
-    interpreter = _reset(world)
+    meet(world)
+    interpreter = reset_peak(world)
     head = make(name, case, world, peer)
     head.step(embeddings, labels)
-    first = _peak(world)
-    _reset(world)
+    first = peak(world)
+    reset_peak(world)
     for number in range(1, steps):
         head.step(*batch(case, world, number))
-    return Memory(interpreter, max(first, _peak(world)), _peak(world))
+    return Memory(interpreter, max(first, peak(world)), peak(world))
 
 
-def _meet(world: World) -> None:
+def has_gpu() -> bool:
+    """Whether figures are a GPU's."""
+    return torch.cuda.is_available()
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """Milliseconds below which 20, 50 and 80 % of the steps lie."""
+    values = torch.tensor(seconds, dtype=torch.float64) * 1000
+    return {f"p{share}": float(torch.quantile(values, share / 100)) for share in (20, 50, 80)}
+
+
+def meet(world: World) -> None:
     """All ranks here at once, so that no rank's time holds the wait for another."""
     sum_over_ranks(torch.zeros(1, device=world.device), world.group)
-    _finish(world)
+    finish(world)
 
 
-def _finish(world: World) -> None:
+def finish(world: World) -> None:
+    """Wait until a GPU has done what it was told."""
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
 
 
-def _reset(world: World) -> int:
-    """Start counting the peak anew; the bytes in use."""
+def reset_peak(world: World) -> int:
+    """Start counting the peak anew; returns the bytes in use."""
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     else:
@@ -111,7 +123,8 @@ def _now(world: World) -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _peak(world: World) -> int:
+def peak(world: World) -> int:
+    """The most bytes in use since `reset_peak`: of the process, or of this rank's GPU."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device)
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -136,7 +149,7 @@ def calibrated(world: World, dim: int, batch_size: int, is_low: bool) -> tuple[f
         for _ in range(repeats):
             begin = clock()
             function()
-            _finish(world)
+            finish(world)
             seconds.append(clock() - begin)
         return min(seconds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,22 @@ def _linear_cross_entropy(chunk: int | None) -> Callable[[Tensor, Tensor, Tensor
     return loss
 
 
+def _cut_cross_entropy(unit: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Apple's kernel (arXiv 2411.09009), gradients not filtered: with many classes the filter drops most of them."""
+    function: Any = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    low = torch.bfloat16
+    made: Tensor = function((64.0 * unit).to(low), weight.to(low), labels, filter_eps=None)
+    return made
+
+
+def _liger(unit: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """LinkedIn's fused linear cross-entropy (arXiv 2410.10989)."""
+    module: Any = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
+    low = torch.bfloat16
+    made: Tensor = module.LigerFusedLinearCrossEntropyLoss()(weight.to(low), (64.0 * unit).to(low), labels)
+    return made
+
+
 class _Peer:
     """`PartialFC_V2` as its training script uses it, from a checkout of its folder."""
 
@@ -119,6 +136,10 @@ def left_out(case: Case, names: list[str]) -> dict[str, str]:
             reasons[name] = "uses all classes on one rank; give --nproc 1 --sampling-rate 1"
         elif name.startswith("torch-linear") and not hasattr(functional, "linear_cross_entropy"):
             reasons[name] = f"torch {torch.__version__} has no linear_cross_entropy"
+        elif name in _KERNELS and importlib.util.find_spec(_KERNELS[name]) is None:
+            reasons[name] = f"not installed; pip install {_KERNELS[name].replace('_', '-')}"
+        elif name in _KERNELS and not torch.cuda.is_available():
+            reasons[name] = "needs a CUDA device"
     return reasons
 
 
@@ -127,11 +148,18 @@ def build(name: str, case: Case, world: World, peer: Path | None) -> Head:
     if name == PEER:
         assert peer is not None
         return _Peer(case, peer)
-    losses = {"torch-cross-entropy": _cross_entropy, "naive-d-softmax": _d_softmax}
-    if name in losses:
-        return _Dense(case, world, losses[name])
+    if name in _LOSSES:
+        return _Dense(case, world, _LOSSES[name])
     assert name.startswith("torch-linear-cross-entropy"), name
     return _Dense(case, world, _linear_cross_entropy(int(name.rsplit("-", 1)[1]) if name[-1].isdigit() else None))
 
 
-BASELINES = ("torch-cross-entropy", "torch-linear-cross-entropy", "torch-linear-cross-entropy-64", "naive-d-softmax")
+_LOSSES = {
+    "torch-cross-entropy": _cross_entropy,
+    "naive-d-softmax": _d_softmax,
+    "cut-cross-entropy": _cut_cross_entropy,
+    "liger": _liger,
+}
+# The package each fused kernel comes in.
+_KERNELS = {"cut-cross-entropy": "cut_cross_entropy", "liger": "liger_kernel"}
+BASELINES = (*_LOSSES, "torch-linear-cross-entropy", "torch-linear-cross-entropy-64")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +9,11 @@ from typing import Any
 import torch
 
 from megaclass.bench.heads import row_options
+from megaclass.bench.measure import Times, calibrated, percentiles
 from megaclass.counter import STREAM_ROWS, stream_key
 from megaclass.kernels.row_gradient import RowGradient
 from megaclass.optim import rowwise
+from megaclass.parallel.process import World
 from megaclass.sampling.picks import stratified, uniform
 
 Report = dict[str, Any]
@@ -36,7 +37,8 @@ def samplers(num_classes: int, num_picks: int, repeats: int) -> list[Report]:
         "randperm": lambda: torch.randperm(num_classes)[:num_picks].sort(),
     }
     case = {"num_classes": num_classes, "num_picks": num_picks}
-    return _interleaved(case, ways, repeats)
+    # Every way leaves sorted int64 numbers behind, and that is all it must write.
+    return _interleaved(case, ways, repeats, dict.fromkeys(ways, 8 * num_picks))
 
 
 def optimizers(num_rows: int, dim: int, num_drawn: int, repeats: int) -> list[Report]:
@@ -45,35 +47,53 @@ def optimizers(num_rows: int, dim: int, num_drawn: int, repeats: int) -> list[Re
     rows = stratified(num_rows, num_drawn, 0, num_rows, key=1, device=torch.device("cpu"))
     gradient = RowGradient(rows, torch.randn(num_drawn, dim, generator=generator))
     ways: dict[str, Callable[[], Any]] = {}
+    moved: dict[str, int] = {}
     for name in ("sgd", "adamw", "adagrad"):
         for dtype in (torch.float32, torch.bfloat16):
             weight = torch.randn(num_rows, dim, generator=generator).to(dtype)
             optimizer = rowwise.build(name, weight, row_options())
-            ways[f"row {name}, {str(dtype).removeprefix('torch.')}"] = _step(optimizer, gradient)
+            label = f"row {name}, {str(dtype).removeprefix('torch.')}"
+            ways[label] = _step(optimizer, gradient)
+            # Of the drawn rows: weights and state read and written, gradient read.
+            state = sum(entry[0].nbytes for entry in optimizer.state.values())
+            moved[label] = num_drawn * (2 * (weight[0].nbytes + state) + 4 * dim)
     for name, kind in (("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)):
         parameter = torch.nn.Parameter(torch.randn(num_rows, dim, generator=generator))
         parameter.grad = torch.zeros_like(parameter).index_add_(0, rows, gradient.values)
         options: dict[str, Any] = {"momentum": 0.9} if name == "sgd" else {}
         ways[f"torch {name}, dense"] = kind([parameter], lr=0.1, **options).step
-    return _interleaved({"num_rows": num_rows, "dim": dim, "num_drawn": num_drawn}, ways, repeats)
+        moved[f"torch {name}, dense"] = num_rows * dim * 4 * (5 if name == "sgd" else 7)
+    return _interleaved({"num_rows": num_rows, "dim": dim, "num_drawn": num_drawn}, ways, repeats, moved)
 
 
 def _step(optimizer: rowwise.RowOptimizer, gradient: RowGradient) -> Callable[[], None]:
     return lambda: optimizer.step(gradient, 0.1)
 
 
-def _interleaved(case: dict[str, Any], ways: dict[str, Callable[[], Any]], repeats: int) -> list[Report]:
-    """Processor time of each way in turn, on one thread, as a rank has it."""
+def _interleaved(
+    case: dict[str, Any], ways: dict[str, Callable[[], Any]], repeats: int, moved: dict[str, int]
+) -> list[Report]:
+    """Each way in turn, on one thread, as a rank has it; `moved`: the least bytes each must read and write."""
     torch.set_num_threads(1)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    _, copied = calibrated(World(0, 1, 0, torch.device("cpu"), None, None), 64, 64, False)
+    found = {name: Times([], []) for name in ways}
     for number in range(repeats + 1):
         for name, way in ways.items():
-            begin = time.process_time()
+            wall, cpu = time.perf_counter(), time.process_time()
             way()
             if number:
-                seconds[name].append(time.process_time() - begin)
+                found[name].cpu.append(time.process_time() - cpu)
+                found[name].wall.append(time.perf_counter() - wall)
     return [
-        {"case": case, "impl": name, "repeats": repeats, "cpu_ms": 1000 * statistics.median(times)}
-        | {"cpu_ms_spread": {"min": 1000 * min(times), "max": 1000 * max(times)}}
-        for name, times in seconds.items()
+        {
+            "case": case,
+            "impl": name,
+            "repeats": repeats,
+            "wall_ms": percentiles(times.wall),
+            "cpu_ms": percentiles(times.cpu)["p50"],
+            "cpu_ms_spread": percentiles(times.cpu),
+            "floor_ms": 1000 * moved[name] / copied,
+            "floor_bytes": moved[name],
+        }
+        for name, times in found.items()
     ]

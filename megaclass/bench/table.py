@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megaclass.bench.measure import OURS
+
 
 def show(reports: Sequence[dict[str, Any]], missing: dict[str, str]) -> None:
     """Print what was measured, each beside its floor, and who was left out for what reason."""
@@ -40,7 +42,7 @@ def show(reports: Sequence[dict[str, Any]], missing: dict[str, str]) -> None:
             f"{case.get('num_classes', case.get('num_rows', 0)):,}",
             f"{case['sampling_rate']:.4g}" if "sampling_rate" in case else "",
             case.get("row_dtype", ""),
-            report["impl"] + (f" ({case['preset']}, {case['row_update']})" if report["impl"] == "megaclass" else ""),
+            report["impl"] + (f" ({case['preset']}, {case['row_update']})" if report["impl"] == OURS else ""),
             f"{report['cpu_ms']:.2f}",
             f"{low:.2f}-{high:.2f}",
             f"{report['wall_ms']['p50']:.2f}" if "wall_ms" in report else "",
@@ -51,6 +53,23 @@ def show(reports: Sequence[dict[str, Any]], missing: dict[str, str]) -> None:
     console.print(table)
     for name, reason in missing.items():
         console.print(f"left out: {name} ({reason})", highlight=False)
+
+
+def show_step(report: dict[str, Any]) -> None:
+    """Print a whole training step by part."""
+    wall, case = report["wall_ms"], report["case"]
+    lines = [
+        f"{case['preset']} over {case['num_classes']:,} classes, {case['backbone']}, "
+        f"{case['global_batch_size']} samples on {case['world_size']} ranks",
+        f"step               {wall['p50']:9.1f} ms  ({wall['p20']:.1f}-{wall['p80']:.1f}), "
+        f"{report['samples_per_second']:,.0f} samples/s",
+        f"wait for data      {report['data_wait_ms']:9.1f} ms",
+        f"processor time     {report['cpu_ms']:9.1f} ms",
+        f"class layer of it  {report['head_cpu_ms']:9.1f} ms",
+    ]
+    if "planned_ms" in report:
+        lines.append(f"planned            {report['planned_ms']:9.1f} ms")
+    print("\n".join([*lines, f"memory             {_mebibytes(report['peak_bytes']):>13}"]))
 
 
 def _mebibytes(number: int | None) -> str:

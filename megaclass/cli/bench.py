@@ -37,7 +37,12 @@ def add_to(commands: Any) -> None:
     optimizer.add_argument("--num-rows", type=int, default=100_000)
     optimizer.add_argument("--num-drawn", type=int, default=1_562)
     optimizer.add_argument("--dim", type=int, default=512)
-    for made in (head, scaling, sampler, optimizer):
+    step = command(kinds, "step", _step, "whole training steps of a configuration", takes_options=True)
+    step.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; --section.key value as in train")
+    step.add_argument("--nproc", type=int, default=1, help="ranks on this machine")
+    for made in (head, scaling):
+        made.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures; .svg, .png or .pdf")
+    for made in (head, scaling, sampler, optimizer, step):
         made.add_argument("--repeats", type=int, default=20, help="measured steps, after two for warming up")
         made.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
 
@@ -54,6 +59,7 @@ def _add_case(parser: argparse.ArgumentParser) -> None:
 
 
 def _case(known: argparse.Namespace, num_classes: int, rate: float) -> Any:
+    from megaclass.bench import plot
     from megaclass.bench.case import Case
 
     for name, value in (
@@ -62,6 +68,8 @@ def _case(known: argparse.Namespace, num_classes: int, rate: float) -> Any:
     ):  # fmt: skip
         if value < 1:
             raise ConfigError(f"{name} {value}: at least 1 is needed")
+    if known.plot is not None:
+        plot.check(known.plot)
     return Case(
         num_classes=num_classes, dim=known.dim, batch_size=known.batch_size, sampling_rate=rate, preset=known.preset,
         optimizer=known.optimizer, row_dtype=known.row_dtype, row_update=known.row_update, kernel=known.kernel,
@@ -114,10 +122,29 @@ def _optimizer(known: argparse.Namespace) -> int:
     return _finish(known, parts.optimizers(known.num_rows, known.dim, known.num_drawn, known.repeats), {})
 
 
+def _step(known: argparse.Namespace, rest: list[str]) -> int:
+    from megaclass import config
+    from megaclass.bench import head, step, table
+
+    for name, value in (("--nproc", known.nproc), ("--repeats", known.repeats)):
+        if value < 1:
+            raise ConfigError(f"{name} {value}: at least 1 is needed")
+    report = step.compare(config.load(known.config, rest), known.nproc, known.repeats)
+    table.show_step(report)
+    print(step.bottleneck(report))
+    if known.json is not None:
+        known.json.write_text(json.dumps(head.document([report]), indent=1) + "\n")
+    return 0
+
+
 def _finish(known: argparse.Namespace, reports: list[dict[str, Any]], missing: dict[str, str]) -> int:
     from megaclass.bench import head, table
 
     table.show(reports, missing)
     if known.json is not None:
         known.json.write_text(json.dumps(head.document(reports), indent=1) + "\n")
+    if getattr(known, "plot", None) is not None:
+        from megaclass.bench import plot
+
+        plot.draw(reports, known.plot)
     return 0

@@ -61,6 +61,8 @@ def close(name: str, actual: Tensor, expected: Tensor, case: Case, least: float 
     # by their steepness: 1e-5 is what that leaves at a scale of 32. With batch-norm these embeddings are up to 6 long.
     steepest = max(case.values().scale, 80.0 if case.settings().objective == "sface" else 0.0)
     steepest *= 6.0 if case.normalisation == "batch-norm" else 1.0
+    # CurricularFace squares the cosines of hard negatives, which doubles their slope.
+    steepest *= 2.0 if case.settings().negative_map == "curricular" else 1.0
     relative = 1e-10 if case.dtype == torch.float64 else 1e-5 * max(1.0, steepest / 32)
     largest = max(float(expected.abs().max()), least)
     worst = float((actual.double() - expected).abs().max()) / largest

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megaclass.bench import head, measure, parts, ranks
-from megaclass.bench.case import Case
+from megaclass.bench import head, measure, others, ranks, step
+from megaclass.bench.case import Case, batch
 from megaclass.cli import main
 from megaclass.errors import PeerError
 from megaclass.parallel.process import World
@@ -108,6 +110,9 @@ def test_baselines_and_those_left_out(capsys: pytest.CaptureFixture[str]) -> Non
             "--baselines: 'torch' is not known; allowed are torch-cross-entropy",
         ),
         (["head", *SMALL, "--batch-size", "0"], "--batch-size 0: at least 1 is needed"),
+        (["head", *SMALL, "--plot", "figures.gif"], "--plot figures.gif: the ending must be one of .svg, .png, .pdf"),
+        (["step", "configs/ten-million.yaml", "--nproc", "0"], "--nproc 0: at least 1 is needed"),
+        (["step", "/nowhere.yaml"], "/nowhere.yaml"),
         (["scaling", "--num-classes", "100", "--rows", "200"], "--rows 200 exceeds --num-classes 100; draw fewer"),
         (["sampler", "--num-classes", "10", "--num-picks", "11"], "--num-picks 11: must lie in [1, --num-classes 10]"),
         (["optimizer", "--num-rows", "9", "--num-drawn", "10"], "--num-drawn 10: must lie in [1, --num-rows 9]"),
@@ -142,9 +147,86 @@ def test_parts(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     cases = json.loads(file.read_text())["cases"]
     assert len(cases) == {"sampler": 4, "optimizer": 8, "scaling": 2}[kind]
     assert all(case["cpu_ms"] > 0 for case in cases)
+    assert all(case["floor_ms"] > 0 and case["wall_ms"]["p50"] > 0 for case in cases)
     if kind == "scaling":
         assert [case["case"]["sampling_rate"] * case["case"]["num_classes"] for case in cases] == [30, 30]
         assert "slowest / fastest:" in capsys.readouterr().out
+
+
+STEP = """
+dataset: {reader: synthetic, image_size: 8, synthetic: {num_classes: 300}}
+backbone: {name: tiny, dim: 16}
+classifier: {preset: d-softmax-k, sampling_rate: 0.1}
+train: {steps: 5, global_batch_size: 6}
+evaluate: {protocols: []}
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_whole_step_by_part(nproc: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, figures = tmp_path / "step.yaml", tmp_path / "figures.json"
+    file.write_text(STEP)
+    options = ["--nproc", str(nproc), "--repeats", "4", "--json", str(figures), "--optim.lr", "0.01"]
+    assert main(["bench", "step", str(file), *options]) == 0
+    shown = capsys.readouterr().out
+    assert f"d-softmax-k over 300 classes, tiny, 6 samples on {nproc} ranks" in shown
+    assert "is the bottleneck" in shown
+    (case,) = json.loads(figures.read_text())["cases"]
+    assert case["repeats"] == 4
+    assert 0 < case["head_cpu_ms"] < case["cpu_ms"]
+    assert 0 <= case["data_wait_ms"] < case["wall_ms"]["p80"]
+    assert case["samples_per_second"] == pytest.approx(6000 / case["wall_ms"]["p50"])
+    assert case["planned_ms"] > 0
+    assert case["peak_bytes"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.json", "step.yaml"], "a run was written"
+
+
+@pytest.mark.parametrize(("share", "what"), [(0.02, "the model is"), (0.4, "the data is the bottleneck; raise")])
+def test_the_bottleneck_is_named(share: float, what: str) -> None:
+    assert what in step.bottleneck({"data_wait_share": share})
+
+
+def test_a_picture_of_the_figures(tmp_path: Path) -> None:
+    file = tmp_path / "head.svg"
+    arguments = ["bench", "head", *SMALL, "--sampling-rate", "0.1", "1", "--no-memory", "--plot", str(file)]
+    assert main(arguments) == 0
+    drawn = file.read_text()
+    assert "<svg" in drawn
+    assert drawn.count("PolyCollection") + drawn.count("LineCollection") >= 1, "error bars"
+
+
+def test_fused_kernels_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is missing is told why; who is there gets rows of unit length, scaled embeddings, and no gradient filter."""
+    case = Case(40, dim=8, batch_size=3)
+    names = ["cut-cross-entropy", "liger"]
+    assert others.left_out(case, names) == {
+        "cut-cross-entropy": "not installed; pip install cut-cross-entropy",
+        "liger": "not installed; pip install liger-kernel",
+    }
+    with monkeypatch.context() as installed:
+        installed.setattr(importlib.util, "find_spec", lambda name: name)
+        if not torch.cuda.is_available():
+            assert others.left_out(case, names) == dict.fromkeys(names, "needs a CUDA device")
+    cut, liger = types.ModuleType("cut_cross_entropy"), types.ModuleType("liger")
+
+    def loss(embeddings: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, filter_eps: None) -> torch.Tensor:
+        assert embeddings.norm(dim=1).float().tolist() == pytest.approx([64.0] * 3, rel=1e-2)
+        assert weight.norm(dim=1).float().tolist() == pytest.approx([1.0] * 40, rel=1e-2)
+        return torch.nn.functional.cross_entropy(embeddings.float() @ weight.float().T, labels)
+
+    cut.linear_cross_entropy = loss
+    liger.LigerFusedLinearCrossEntropyLoss = lambda: (
+        lambda weight, embeddings, labels: loss(embeddings, weight, labels, None)
+    )
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", cut)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.fused_linear_cross_entropy", liger)
+    world = World(0, 1, 0, torch.device("cpu"), None, None)
+    embeddings, labels = batch(case, world, 0)
+    expected = others.build("torch-cross-entropy", case, world, None).step(embeddings, labels)
+    for name in names:
+        got = others.build(name, case, world, None).step(embeddings, labels)
+        torch.testing.assert_close(got, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
 
 
 def test_implementations_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,9 +280,8 @@ def test_the_peer_is_left_out_on_one_rank(peer: Path, capsys: pytest.CaptureFixt
 
 
 def test_percentiles_are_those_of_the_sample() -> None:
-    found: dict[str, Any] = head._percentiles([0.001 * number for number in range(11)])
+    found: dict[str, Any] = measure.percentiles([0.001 * number for number in range(11)])
     assert found == pytest.approx({"p20": 2.0, "p50": 5.0, "p80": 8.0})
-    assert parts.samplers(10, 3, 2)[0]["cpu_ms_spread"].keys() == {"min", "max"}
 
 
 def test_class_layer_and_benchmarks_need_torch_and_numpy_alone() -> None:
@@ -211,7 +292,7 @@ for name in "pydantic yaml webdataset simplejpeg rich PIL matplotlib prometheus_
     sys.modules[name] = None
 import megaclass.bench.head, megaclass.bench.parts, megaclass.bench.ranks, megaclass.bench.others
 import megaclass.classifier, megaclass.optim.rowwise, megaclass.sampling
-from megaclass.bench.case import Case
+from megaclass.bench.case import Case, batch
 print(len(megaclass.bench.head.compare(Case(300, 8, 3, 0.2), repeats=2, memory=False)[0]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
