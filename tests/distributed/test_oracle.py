@@ -28,27 +28,33 @@ def run_case(world: World, case: Case) -> dict[str, Any]:
     embeddings, labels, _ = case.inputs(world.size)
     mine = slice(world.rank * case.batch_size, (world.rank + 1) * case.batch_size)
     shard = ClassShard(case.num_classes, world.rank, world.size)
-    classifier = case.build(shard, world.group, grad_divisor=world.size)
-    raw = embeddings[mine].clone().requires_grad_()
+    classifier = case.build(shard, world.group, grad_divisor=world.size, device=world.device)
+    raw = embeddings[mine].to(world.device, copy=True).requires_grad_()
     with case.chunks():
-        output = classifier(raw, labels[mine], draw_id=DRAW_ID, values=case.values(), monitor=case.monitor)
+        output = classifier(
+            raw, labels[mine].to(world.device), draw_id=DRAW_ID, values=case.values(), monitor=case.monitor
+        )
         (SHARE * output.loss).backward()
     gradient = classifier.take_row_gradient()
     assert gradient is not None
     assert classifier.take_row_gradient() is None
-    rows = torch.arange(len(classifier.weight)) if gradient.rows is None else gradient.rows
-    full = torch.zeros_like(classifier.weight)
-    full[rows] = gradient.values
+    rows = torch.arange(len(classifier.weight)) if gradient.rows is None else gradient.rows.cpu()
+    full = torch.zeros_like(classifier.weight, device="cpu")
+    full[rows] = gradient.values.cpu()
     classifier.keep_state(True)
     return {
-        "scalars": torch.stack([getattr(output, name).detach() for name in FIELDS]),
-        "embedding": raw.grad / world.size,
+        "scalars": torch.stack([getattr(output, name).detach() for name in FIELDS]).cpu(),
+        "embedding": raw.grad.cpu() / world.size,
         "class": full,
         "rows": rows + shard.start * case.rows_per_class,
-        "bias": classifier.take_bias_gradient(),
-        "state": classifier.state,
-        "monitors": None if output.monitors is None else torch.stack(astuple(output.monitors)),
+        "bias": _on_host(classifier.take_bias_gradient()),
+        "state": _on_host(classifier.state),
+        "monitors": None if output.monitors is None else torch.stack(astuple(output.monitors)).cpu(),
     }
+
+
+def _on_host(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.cpu()
 
 
 def run_cases(world: World, cases: list[Case]) -> list[dict[str, Any]]:

@@ -159,7 +159,9 @@ class Case:
             graph=Neighbours(self.num_classes),
         )
 
-    def build(self, shard: ClassShard, group: Group = None, *, grad_divisor: int = 1) -> ShardedClassifier:
+    def build(
+        self, shard: ClassShard, group: Group = None, *, grad_divisor: int = 1, device: torch.device | str = "cpu"
+    ) -> ShardedClassifier:
         """The sharded classifier of this case, with the case's class weights in its rows."""
         classifier = ShardedClassifier(
             DIM,
@@ -171,6 +173,7 @@ class Case:
             kernel="chunked" if self.kernel == "recomputing" else self.kernel,
             balance=losses.balance(self.counts(), shard, weight_power=self.balance[0], margin_power=self.balance[1]),
             dtype=self.dtype,
+            device=device,
         )
         first, last = shard.start * self.rows_per_class, shard.stop * self.rows_per_class
         classifier.weight.data.copy_(self.inputs(shard.count)[2][first:last])
