@@ -10,7 +10,7 @@ RANKS ?= 2
 export DS_BUILD_OPS := 0
 
 .PHONY: help setup demo omniglot hanglyph test test-full lint types wheel clean \
-	data-omniglot data-hanglyph data-hanglyph-all data-cjk study study-large study-head bench
+	data-omniglot data-hanglyph data-hanglyph-all data-cjk study study-large study-head bench gpu
 help:
 	@grep -E '^#   ' Makefile | sed 's/^#//'
 
@@ -98,6 +98,22 @@ bench: $(VENV)/package
 	$(BIN)/megaclass bench head --num-classes 500000 --nproc 2 --sampling-rate 0.01 0.1 1 $(if $(PEER),--peer $(PEER))
 	$(BIN)/megaclass bench scaling --nproc 2 --row-dtype bfloat16 --preset d-softmax-k --row-update fused
 	$(BIN)/megaclass bench sampler
+
+#   make gpu       on a machine with a GPU: its checks, then figures into docs/gpu; PEER as for bench
+GPU_PYTHON ?= $(BIN)/python
+GPU_HEAD = $(GPU_PYTHON) -m megaclass bench head --batch-size 4096 --row-dtype bfloat16 --optimizer adagrad --row-update fused
+PEER_CLASSES ?= 5000000
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/everything)
+	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch finds no CUDA device here")'
+	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) -m pytest tests/unit/test_triton.py
+	{ $(GPU_PYTHON) -c 'import datetime, torch; print(torch.cuda.get_device_name(), torch.__version__, datetime.date.today())'; \
+	$(if $(PEER),$(GPU_PYTHON) -m megaclass bench head --batch-size 4096 --num-classes $(PEER_CLASSES) --sampling-rate 0.1 \
+		0.015625 --preset partial-fc --peer $(PEER) --json docs/gpu/peer.json;) \
+	$(GPU_HEAD) --num-classes 10000000 --preset d-softmax --kernel chunked --json docs/gpu/exact-chunked.json; \
+	$(GPU_HEAD) --num-classes 10000000 --preset d-softmax --kernel triton --json docs/gpu/exact-triton.json; \
+	$(GPU_HEAD) --num-classes 60000000 --preset d-softmax-k --sampling-rate 0.015625 --json docs/gpu/sampled.json; \
+	} | tee docs/gpu/RESULTS.txt
 
 test: $(VENV)/everything
 	OMP_NUM_THREADS=1 $(BIN)/pytest

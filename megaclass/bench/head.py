@@ -33,10 +33,7 @@ def compare(
         missing[PEER] = "no --peer; give the folder recognition/arcface_torch of a checkout of deepinsight/insightface"
     else:
         check_peer(peer)
-        if case.world_size > 1:
-            names.append(PEER)
-        else:
-            missing[PEER] = "needs a process group; give --nproc 2 or more"
+        names.append(PEER)
     answers = ranks.run(_measured, case.world_size, case, names, peer, repeats)
     flops = min(answer["rates"][0] for answer in answers)
     copied = min(answer["rates"][1] for answer in answers)

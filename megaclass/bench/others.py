@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from megaclass.bench.case import Case, Head
 from megaclass.errors import ConfigError
-from megaclass.parallel.process import World
+from megaclass.parallel.process import World, group_of_one
 
 PEER = "partialfc_v2"
 _LR, _MOMENTUM = 0.1, 0.9
@@ -87,7 +87,9 @@ def _liger(unit: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 class _Peer:
     """`PartialFC_V2` as its training script uses it, from a checkout of its folder."""
 
-    def __init__(self, case: Case, folder: Path) -> None:
+    def __init__(self, case: Case, world: World, folder: Path) -> None:
+        if world.group is None:
+            group_of_one(world.device)
         if not torch.cuda.is_available():
             # It moves its random numbers to a GPU without asking whether there is one.
             torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
@@ -147,7 +149,7 @@ def build(name: str, case: Case, world: World, peer: Path | None) -> Head:
     """The head called `name`."""
     if name == PEER:
         assert peer is not None
-        return _Peer(case, peer)
+        return _Peer(case, world, peer)
     if name in _LOSSES:
         return _Dense(case, world, _LOSSES[name])
     assert name.startswith("torch-linear-cross-entropy"), name

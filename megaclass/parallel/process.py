@@ -6,6 +6,7 @@ group at all (`World.group` is None), which every collective understands.
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
@@ -130,6 +132,15 @@ def world(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Worl
         _leave(store, rank, size)
         raise
     dist.destroy_process_group()
+
+
+def group_of_one(device: torch.device) -> None:
+    """A default process group of this process alone, for code of others that insists on one; lasts until its end."""
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1, store=HashStore(),
+        device_id=device if device.type == "cuda" else None,
+    )  # fmt: skip
+    atexit.register(dist.destroy_process_group)
 
 
 def _take_device(name: str, local_rank: int) -> torch.device:

@@ -274,9 +274,13 @@ def test_the_rank_that_failed_is_told_and_not_the_one_that_waits() -> None:
         ranks.run(_second_rank_fails, 2)
 
 
-def test_the_peer_is_left_out_on_one_rank(peer: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "head", *SMALL, "--sampling-rate", "0.25", "--no-memory", "--peer", str(peer)]) == 0
-    assert "left out: partialfc_v2 (needs a process group; give --nproc 2 or more)" in capsys.readouterr().out
+def test_the_peer_runs_on_one_rank_too(peer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It insists on a process group; it gets one of a single rank."""
+    (peer / "partial_fc_v2.py").write_text(
+        PEER.replace("super().__init__()", "super().__init__(); assert torch.distributed.get_world_size() == 1")
+    )
+    assert main(["bench", "head", *SMALL, "--sampling-rate", "0.25", "--peer", str(peer)]) == 0
+    assert "partialfc_v2" in capsys.readouterr().out
 
 
 def test_percentiles_are_those_of_the_sample() -> None:
