@@ -46,6 +46,11 @@ class MagFace(Margin):
         """The margin is linear between two lengths, and a length stands in a denominator."""
         check_hyper("smallest_norm", self.smallest_norm, 0.0, self.largest_norm)
 
+    @property
+    def limit(self) -> float:
+        """A margin above that of the longest embeddings would fall with the length, and reward poor samples."""
+        return min(self.largest, self.largest_margin)
+
     def __call__(self, cosine: Tensor, size: Tensor, facts: Facts) -> Tensor:
         """ArcFace with the margin of each sample's length."""
         share = (self._length(facts) - self.smallest_norm) / (self.largest_norm - self.smallest_norm)

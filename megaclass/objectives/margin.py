@@ -54,6 +54,11 @@ class Margin(ABC):
     def __call__(self, cosine: Tensor, size: Tensor, facts: Facts) -> Tensor:
         """Adjusted cosines [batch]; `size` is the margin, a scalar or one for each sample."""
 
+    @property
+    def limit(self) -> float:
+        """The largest size with these hyper-parameters: that of its kind, or less."""
+        return self.largest
+
     def penalty(self, facts: Facts) -> Tensor | None:
         """A loss of each sample's own, [batch], that is added to its intra term; None for most."""
         return None
@@ -62,16 +67,15 @@ class Margin(ABC):
 MARGINS: Registry[Margin] = Registry("margin_kind")
 
 
-def check_size(name: str, size: float) -> None:
-    """Refuse a margin outside the range in which it means something.
+def check_size(margin: Margin, size: float) -> None:
+    """Refuse a size of the margin outside the range in which it means something.
 
     Raises:
         ConfigError: with the range.
     """
-    kind = MARGINS.find(name)
-    if not 0 <= size <= kind.largest:
+    if not 0 <= size <= margin.limit:
         raise ConfigError(
-            f"classifier.margin {size} is outside [0, {kind.largest:.4g}] ({kind.unit}); usual are 0.3 to 0.5"
+            f"classifier.margin {size} is outside [0, {margin.limit:.4g}] ({margin.unit}); usual are 0.3 to 0.5"
         )
 
 

@@ -253,7 +253,7 @@ def _check_ranges(preset: Preset) -> None:
             if not low < value <= high:
                 raise ConfigError(f"classifier.schedule.{key} reaches {value}, which is outside ({low:g}, {high:g}]")
     for margin in preset.reached("margin"):
-        check_size(preset.margin_kind, margin)
+        check_size(MARGINS.build(preset.margin_kind, preset.hyper), margin)
     for value in preset.reached("sampling_rate"):
         if not 0 < value <= 1:
             raise ConfigError(f"classifier.sampling_rate {value} is outside (0, 1]; usual are 1/4 to 1/256")

@@ -200,15 +200,15 @@ def test_the_quadratic_margin_aims_at_its_goal(cosine: float, size: float, goal:
 )
 def test_a_margin_outside_its_range_is_refused(name: str, size: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_size(name, size)
+        check_size(MARGINS.build(name), size)
 
 
 @pytest.mark.parametrize("name", MARGINS.names())
 def test_defaults_and_ends_of_the_range_are_allowed(name: str) -> None:
-    kind = MARGINS.find(name)
-    for size in (0.0, kind.default, kind.largest):
+    margin = MARGINS.build(name)
+    for size in (0.0, margin.default, margin.limit):
         if size is not None:
-            check_size(name, size)
+            check_size(margin, size)
 
 
 def test_an_unknown_margin_is_refused_with_the_nearest() -> None:

@@ -247,6 +247,7 @@ def test_a_schedule_without_sense_is_refused(
         ("sphereface2", {"hyper": {"positive_share": 1.0}}, "classifier.hyper.positive_share 1 is outside (0, 1)"),
         ("sphereface2", {"hyper": {"exponent": -1.0}}, "classifier.hyper.exponent -1 is outside (0, inf)"),
         ("magface", {"hyper": {"smallest_norm": 0.0}}, "classifier.hyper.smallest_norm 0 is outside (0, 110)"),
+        ("magface", {"margin": 0.9}, "classifier.margin 0.9 is outside [0, 0.8] (radians); usual are 0.3 to 0.5"),
         ("magface", {"hyper": {"largest_norm": 10.0}}, "classifier.hyper.smallest_norm 10 is outside (0, 10)"),
         ("combined-margin", {"hyper": {"angle_factor": 0.0}}, "classifier.hyper.angle_factor 0 is outside (0, inf)"),
     ],
