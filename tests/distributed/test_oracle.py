@@ -92,7 +92,8 @@ def compare(case: Case, parts: list[dict[str, Any]]) -> None:
     settings = case.settings()
     assert (first["bias"] is not None) == (settings.objective in ("sphereface2", "uniface"))
     if first["bias"] is not None:
-        close("bias", first["bias"], SHARE * expected.bias_gradient, case)
+        # The pulls of the own classes less the pushes of all others, each up to one: its digits are those of the two.
+        close("bias", first["bias"], SHARE * expected.bias_gradient, case, least=0.1)
     assert (first["state"] is not None) == (settings.negative_map == "curricular")
     if first["state"] is not None:
         close("state", first["state"], expected.state, case)
