@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megaclass.classifier import Monitors
 from megaclass.errors import ConfigError
+from megaclass.objectives.margin import MARGINS
 from megaclass.parallel.process import World
 from megaclass.parallel.shard import ClassShard
 from tests.support import cases as support
@@ -65,7 +66,10 @@ def close(name: str, actual: Tensor, expected: Tensor, case: Case, least: float 
     """Relative to the largest entry (at least `least`): one that cancels to almost nothing has no digits of its own."""
     # An error in the last digit of a float32 cosine, 6e-8, comes multiplied by the scale, and in the sigmoids of SFace
     # by their steepness: 1e-5 is what that leaves at a scale of 32. With batch-norm these embeddings are up to 6 long.
-    steepest = max(case.values().scale, 80.0 if case.settings().objective == "sface" else 0.0)
+    steepest = case.values().scale
+    if case.settings().objective == "sface":
+        # An angle moves faster than its cosine, by 1 / sin; where the sigmoid is steep that is four at the most.
+        steepest = max(steepest, 320.0 if MARGINS.find(case.settings().margin_kind).needs_angle else 80.0)
     steepest *= 6.0 if case.normalisation == "batch-norm" else 1.0
     # CurricularFace squares the cosines of hard negatives, which doubles their slope.
     steepest *= 2.0 if case.settings().negative_map == "curricular" else 1.0
