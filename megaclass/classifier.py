@@ -138,7 +138,7 @@ class ShardedClassifier(nn.Module):
         self.row_update: RowUpdate | None = None
         self._row_gradients: list[RowGradient] = []
         self._bias_gradient: Tensor | None = None
-        self._proposed_state: Tensor | None = None
+        self._proposed_states: list[Tensor] = []
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, *, draw_id: int, values: Values | None = None, monitor: bool = False
@@ -200,13 +200,16 @@ class ShardedClassifier(nn.Module):
 
     def propose_state(self, state: Tensor) -> None:
         """The running state after a forward pass; it counts once `keep_state` says that the step was taken."""
-        self._proposed_state = state
+        self._proposed_states.append(state)
 
     def keep_state(self, is_taken: bool) -> None:
-        """Let the proposed state count, or forget it: a step that is not taken must leave nothing behind."""
-        if is_taken and self._proposed_state is not None and self.state is not None:
-            self.state.copy_(self._proposed_state)
-        self._proposed_state = None
+        """Let the proposed states count, or forget them: a step that is not taken must leave nothing behind.
+
+        Of several micro-batches it is their mean: a state moves by the mean of a batch, so that is the global batch's.
+        """
+        if is_taken and self._proposed_states and self.state is not None:
+            self.state.copy_(torch.stack(self._proposed_states).mean())
+        self._proposed_states = []
 
     def margin_sizes(self, own_row: Tensor, values: Values) -> Tensor:
         """The size of each sample's margin: a scalar, or [G] by class (those of other shards mean nothing)."""

@@ -78,5 +78,6 @@ class Ours:
         gradient = self.classifier.take_row_gradient()
         if gradient is not None:
             self.optimizer.step(gradient, 0.1, self._number)
+        self.classifier.keep_state(True)
         assert embeddings.grad is not None
         return embeddings.grad

@@ -161,6 +161,19 @@ def test_state_counts_only_once_the_step_is_taken() -> None:
     assert not torch.equal(classifier(embeddings, labels, draw_id=0).loss, first)
 
 
+def test_the_state_of_micro_batches_is_that_of_the_global_batch() -> None:
+    case = Case("curricularface", 13, 6, "any")
+    embeddings, labels, _ = case.inputs(1)
+    whole, parts = build(case), build(case)
+    whole(embeddings, labels, draw_id=0)
+    for part in (slice(0, 3), slice(3, 6)):
+        parts(embeddings[part], labels[part], draw_id=0)
+    for classifier in (whole, parts):
+        classifier.keep_state(True)
+    assert float(parts.state) == pytest.approx(float(whole.state), rel=1e-12)
+    assert float(parts.state) != STATE
+
+
 def test_bias_gradient_is_taken_once_and_sums_micro_batches() -> None:
     case = Case("uniface", 13, 5, "any")
     embeddings, labels, _ = case.inputs(1)
