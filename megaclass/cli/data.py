@@ -27,13 +27,16 @@ def add_to(commands: Any) -> None:
     images.add_argument("root", type=Path, metavar="ROOT", help="folder or .zip")
     images.add_argument("--class-depth", type=int, default=1, help="folder levels that make the class name")
     images.add_argument("--source-pattern", metavar="REGEX", help="one group, searched in the file name: the source")
-    images.add_argument("--image-mode", choices=["L", "RGB"], help="convert all images (default: grey stays grey)")
-    images.add_argument("--on-bad", choices=["stop", "skip"], default="stop", help="what an unreadable image does")
+    records = command(kinds, "recordio", _data_recordio, "import a .rec file of labelled images, without MXNet")
+    records.add_argument("path", type=Path, metavar="TRAIN.rec", help=".idx and property beside it are checked")
+    for made in (images, records):
+        made.add_argument("--image-mode", choices=["L", "RGB"], help="convert all images (default: grey stays grey)")
+        made.add_argument("--on-bad", choices=["stop", "skip"], default="stop", help="what an unreadable image does")
     images.add_argument(
         "--quarter-turns", action="store_true", help="add each trained class turned by 90, 180, 270 degrees as classes"
     )
     images.add_argument("--unseen-groups", metavar="NAMES", help="groups kept unseen: last:5, or names with commas")
-    for made in (glyphs, images):
+    for made in (glyphs, images, records):
         made.add_argument("--out", type=Path, required=True, metavar="DIR")
         made.add_argument("--image-size", type=int, help="pixels a side")
         made.add_argument("--unseen-fraction", type=float, help="share of classes never trained on, chosen by hash")
@@ -83,6 +86,15 @@ def _data_images(known: argparse.Namespace) -> int:
     names = ("class_depth", "source_pattern", "image_mode", "on_bad", "quarter_turns", "unseen_groups")
     with Progress("images") as progress:
         report = import_images(known.root, known.out, progress=progress, **_given(known, *names))
+    print(report.text())
+    return 0
+
+
+def _data_recordio(known: argparse.Namespace) -> int:
+    from megaclass.prepare.import_records import import_records
+
+    with Progress("images") as progress:
+        report = import_records(known.path, known.out, progress=progress, **_given(known, "image_mode", "on_bad"))
     print(report.text())
     return 0
 

@@ -72,7 +72,7 @@ def import_images(
 
     Cost: images are read one by one while writing; memory is one name per file.
     """
-    _check_options(class_depth, image_size, on_bad)
+    check_options(class_depth, image_size, on_bad)
     check_output(out, overwrite)
     with open_root(root) as files:
         layout = _layout(files, class_depth)
@@ -127,7 +127,8 @@ class _Layout:
     classes: np.ndarray
 
 
-def _check_options(class_depth: int, image_size: int | None, on_bad: str) -> None:
+def check_options(class_depth: int, image_size: int | None, on_bad: str) -> None:
+    """Refuse options outside their range, before anything is read."""
     if class_depth < 1:
         raise ConfigError(f"class-depth is {class_depth}; it must be at least 1")
     if image_size is not None and not 8 <= image_size <= 4096:
