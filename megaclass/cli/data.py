@@ -29,14 +29,20 @@ def add_to(commands: Any) -> None:
     images.add_argument("--source-pattern", metavar="REGEX", help="one group, searched in the file name: the source")
     records = command(kinds, "recordio", _data_recordio, "import a .rec file of labelled images, without MXNet")
     records.add_argument("path", type=Path, metavar="TRAIN.rec", help=".idx and property beside it are checked")
-    for made in (images, records):
+    listed = command(kinds, "list", _data_list, "import the images that a csv or tsv file names, with its labels")
+    listed.add_argument("path", type=Path, metavar="LIST", help=".csv, .tsv or .txt: image, label")
+    listed.add_argument("--root", type=Path, help="folder or .zip of the images (default: the folder of the list)")
+    listed.add_argument(
+        "--columns", nargs=2, metavar=("IMAGE", "LABEL"), help="the first line has names, and these are the two wanted"
+    )
+    for made in (images, records, listed):
         made.add_argument("--image-mode", choices=["L", "RGB"], help="convert all images (default: grey stays grey)")
         made.add_argument("--on-bad", choices=["stop", "skip"], default="stop", help="what an unreadable image does")
     images.add_argument(
         "--quarter-turns", action="store_true", help="add each trained class turned by 90, 180, 270 degrees as classes"
     )
     images.add_argument("--unseen-groups", metavar="NAMES", help="groups kept unseen: last:5, or names with commas")
-    for made in (glyphs, images, records):
+    for made in (glyphs, images, records, listed):
         made.add_argument("--out", type=Path, required=True, metavar="DIR")
         made.add_argument("--image-size", type=int, help="pixels a side")
         made.add_argument("--unseen-fraction", type=float, help="share of classes never trained on, chosen by hash")
@@ -95,6 +101,18 @@ def _data_recordio(known: argparse.Namespace) -> int:
 
     with Progress("images") as progress:
         report = import_records(known.path, known.out, progress=progress, **_given(known, "image_mode", "on_bad"))
+    print(report.text())
+    return 0
+
+
+def _data_list(known: argparse.Namespace) -> int:
+    from megaclass.prepare.import_list import import_list
+
+    root = known.path.parent if known.root is None else known.root
+    with Progress("images") as progress:
+        report = import_list(
+            known.path, root, known.out, progress=progress, **_given(known, "image_mode", "on_bad", "columns")
+        )
     print(report.text())
     return 0
 

@@ -2,7 +2,8 @@
 
 Each source has one function that writes a complete data set folder and returns a `PreparationReport`:
 `glyphs.make_glyphs` renders installed fonts, `strips.import_strips` reads a zip of tile strips, `images.import_images`
-a folder or zip with a folder per class, `import_records.import_records` a RecordIO file (`recordio`). All of them decide classes and order first (`split`, `plans`), then write
-through `writer.DatasetWriter`, the only file that knows the format on disk. `verify.verify` reads a folder back as
-untrusted data.
+a folder or zip with a folder per class, `import_list.import_list` the images that a list names,
+`import_records.import_records` a RecordIO file (`recordio`). All of them decide classes and order first (`split`,
+`plans`), then write through `writer.DatasetWriter`, the only file that knows the format on disk. `verify.verify` reads
+a folder back as untrusted data.
 """

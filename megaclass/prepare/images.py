@@ -15,11 +15,12 @@ from typing import Literal
 import numpy as np
 
 from megaclass.errors import ConfigError, DataError
-from megaclass.prepare.encode import EncodedImage, Encoding, ImageMode, UnreadableImage, store
+from megaclass.prepare.encode import Encoding, ImageMode
 from megaclass.prepare.files import ImageFiles, open_root
 from megaclass.prepare.plans import Samples, write_dataset
 from megaclass.prepare.report import PreparationReport
 from megaclass.prepare.split import choose_unseen
+from megaclass.prepare.storing import Storing
 from megaclass.prepare.turns import with_quarter_turns
 from megaclass.prepare.writer import SAMPLES_PER_SHARD, Progress, check_output
 
@@ -72,7 +73,9 @@ def import_images(
 
     Cost: images are read one by one while writing; memory is one name per file.
     """
-    check_options(class_depth, image_size, on_bad)
+    if class_depth < 1:
+        raise ConfigError(f"class-depth is {class_depth}; it must be at least 1")
+    storing = Storing(image_size, image_mode, encoding, on_bad)
     check_output(out, overwrite)
     with open_root(root) as files:
         layout = _layout(files, class_depth)
@@ -84,20 +87,7 @@ def import_images(
             unseen_classes=unseen_classes,
             unseen_groups=unseen_groups,
         )
-        skipped: set[int] = set()
-
-        def load(number: int) -> EncodedImage | None:
-            try:
-                return store(files.read(number), image_size, image_mode, encoding)
-            except UnreadableImage as error:
-                if on_bad == "stop":
-                    raise DataError(
-                        f"{files.root}: image {files.names[number]} cannot be read: {error}; replace or remove it, "
-                        "or give --on-bad skip"
-                    ) from None
-                skipped.add(number)
-                return None
-
+        load = storing.loader(files.read, lambda number: f"{files.root}: image {files.names[number]}")
         samples = Samples(layout.names, layout.groups, source_names, layout.classes, sources, load)
         if quarter_turns:
             samples, unseen = with_quarter_turns(samples, unseen)
@@ -112,12 +102,12 @@ def import_images(
             progress=progress,
         )
     counts = {
-        "images left out as unreadable": len(skipped),
+        "images left out as unreadable": len(storing.skipped),
         "files ignored (no image by extension, or hidden)": files.num_ignored,
         "samples without a source": int((sources < 0).sum()) if source_pattern else 0,
         "empty folders ignored": len(files.empty_folders),
     }
-    return replace(report, counts=counts, warnings=report.warnings + _warnings(files, layout, sorted(skipped)))
+    return replace(report, counts=counts, warnings=report.warnings + _warnings(files, layout, sorted(storing.skipped)))
 
 
 @dataclass(frozen=True)
@@ -125,16 +115,6 @@ class _Layout:
     names: list[str]
     groups: list[str] | None
     classes: np.ndarray
-
-
-def check_options(class_depth: int, image_size: int | None, on_bad: str) -> None:
-    """Refuse options outside their range, before anything is read."""
-    if class_depth < 1:
-        raise ConfigError(f"class-depth is {class_depth}; it must be at least 1")
-    if image_size is not None and not 8 <= image_size <= 4096:
-        raise ConfigError(f"image-size is {image_size}; allowed is 8 to 4096 pixels")
-    if on_bad not in ("stop", "skip"):
-        raise ConfigError(f"on-bad is {on_bad!r}; allowed is stop or skip")
 
 
 def _layout(files: ImageFiles, class_depth: int) -> _Layout:

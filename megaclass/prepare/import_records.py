@@ -9,12 +9,12 @@ from typing import Literal
 import numpy as np
 
 from megaclass.errors import DataError
-from megaclass.prepare.encode import EncodedImage, Encoding, ImageMode, UnreadableImage, store
-from megaclass.prepare.images import check_options
+from megaclass.prepare.encode import Encoding, ImageMode
 from megaclass.prepare.plans import Samples, write_dataset
 from megaclass.prepare.recordio import RecordFile
 from megaclass.prepare.report import PreparationReport
 from megaclass.prepare.split import choose_unseen
+from megaclass.prepare.storing import Storing
 from megaclass.prepare.writer import SAMPLES_PER_SHARD, Progress, check_output
 
 
@@ -60,7 +60,7 @@ def import_records(
 
     Cost: the file is read twice, first its records alone; memory is sixteen bytes an image.
     """
-    check_options(1, image_size, on_bad)
+    storing = Storing(image_size, image_mode, encoding, on_bad)
     check_output(out, overwrite)
     with RecordFile(path) as file:
         layout = file.layout()
@@ -73,21 +73,10 @@ def import_records(
             )
         width = len(str(numbers[-1]))
         names = [f"{number:0{width}d}" for number in numbers.tolist()]
-        skipped: list[int] = []
-
-        def load(number: int) -> EncodedImage | None:
-            offset = int(layout.offsets[number])
-            try:
-                return store(file.image(offset), image_size, image_mode, encoding)
-            except UnreadableImage as error:
-                if on_bad == "stop":
-                    raise DataError(
-                        f"{path}: the image of class {layout.labels[number]} at byte {offset:,} cannot be read: "
-                        f"{error}; give --on-bad skip to leave such images out"
-                    ) from None
-                skipped.append(number)
-                return None
-
+        load = storing.loader(
+            lambda number: file.image(int(layout.offsets[number])),
+            lambda number: f"{path}: the image of class {layout.labels[number]} at byte {layout.offsets[number]:,}",
+        )
         report = write_dataset(
             out,
             Samples(names, None, [], classes.astype(np.int64), np.full(len(classes), -1, dtype=np.int32), load),
@@ -98,7 +87,7 @@ def import_records(
             overwrite=overwrite,
             progress=progress,
         )
-    counts = {"images left out as unreadable": len(skipped), "records without an image": layout.num_others}
+    counts = {"images left out as unreadable": len(storing.skipped), "records without an image": layout.num_others}
     warnings = list(report.warnings)
     if told is not None and told != len(names):
         warnings.append(f"the file property tells of {told:,} classes and {len(names):,} have images")
