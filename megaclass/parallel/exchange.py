@@ -69,10 +69,11 @@ def exchange(sent: Tensor, owner: Tensor, batch_rows: Tensor | None, group: Grou
         group: the ranks.
         dtype: what is computed in.
 
-    Cost per rank, forward: W B rows received if all are gathered; else about B rows (those of its own classes) and m.
-    Backward the same. Routing makes the host wait for one read of W (W + 1) counts on a GPU.
+    Cost per rank, forward: W B rows received if all are gathered; else about B rows (those of its own classes) and m,
+    which is done where it is less. Backward the same. Routing makes the host wait for one read of W (W + 1) counts on a
+    GPU.
     """
-    if batch_rows is None or group_size(group) == 1:
+    if batch_rows is None or len(batch_rows) + len(sent) >= len(owner):
         return Gathered(sent, batch_rows, group, dtype)
     return Routed(sent, owner, batch_rows, group, dtype)
 

@@ -61,9 +61,9 @@ def collectives(config: Config, preset: Preset, work: Work, backbone: BackboneWo
     numbers = work.inter_batch + 2
     if OBJECTIVES.find(preset.objective).needs_positive:
         numbers += work.global_batch
-    gathered = -(-work.inter_batch // ranks) * work.dim
-    routed = []
-    if work.inter_batch < work.global_batch:
+    gathered, routed = work.batch * work.dim, []
+    if work.is_routed:
+        gathered = -(-work.inter_batch // ranks) * work.dim
         each = micro * others * work.batch * work.dim // ranks
         routed = [
             Collective("all-to-all", "embeddings to owners", each * sent, micro),

@@ -49,9 +49,14 @@ class Work:
         return self.inter_batch * self.num_candidates
 
     @property
+    def is_routed(self) -> bool:
+        """Whether embeddings without an inter term go to the owners of their classes alone."""
+        return self.inter_batch + self.batch < self.global_batch
+
+    @property
     def num_gathered(self) -> int:
         """Samples whose embeddings come to this rank: all, or those with an inter term and those of its classes."""
-        return min(self.global_batch, self.inter_batch + self.batch)
+        return self.inter_batch + self.batch if self.is_routed else self.global_batch
 
 
 def count(config: Config, preset: Preset, num_classes: int, world_size: int) -> Work:

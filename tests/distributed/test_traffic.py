@@ -49,7 +49,7 @@ def _record(world: World, case: Case) -> list[tuple[str, int]]:
             *((dist, other, other, 0) for other in ("all_gather", "broadcast", "reduce")),
         ):
             stack.enter_context(mock.patch.object(where, function, watch(name, getattr(where, function), argument)))
-        classifier(raw, labels[mine], draw_id=0, monitor=case.monitor).loss.backward()
+        classifier(raw, labels[mine], draw_id=0, values=case.values(), monitor=case.monitor).loss.backward()
     return sent
 
 
@@ -118,6 +118,18 @@ def test_a_part_of_the_batch_goes_to_all_and_the_rest_to_its_owners(case: Case, 
             *reduced,
             ("reduce-scatter", WORLD_SIZE * longest * DIM),
             ("all-to-all", num_owned * DIM),
+        ]
+
+
+@pytest.mark.distributed
+def test_a_large_part_of_the_batch_is_gathered_with_the_rest() -> None:
+    """Six of ten samples to everyone and five to their owners would be more than all ten."""
+    for sent in spawn(_record, WORLD_SIZE, _case("d-softmax-b", is_later=True)):
+        assert sent == [
+            ("all-gather", BATCH),
+            ("all-gather", BATCH * DIM),
+            ("all-reduce", 6 + 2),
+            ("reduce-scatter", GLOBAL * DIM),
         ]
 
 
