@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,8 +20,8 @@ from megaclass.observe.progress import duration
 from megaclass.study.cases import Case, Run, check, check_existing, expand, is_done
 from megaclass.study.plots import draw
 from megaclass.study.runs import Progress, train_all
-from megaclass.study.spec import Study, read_study
-from megaclass.study.table import as_json, as_markdown, gather
+from megaclass.study.spec import Metric, Study, read_study
+from megaclass.study.table import as_json, as_markdown, gather, measure
 from megaclass.train.outcome import PREEMPTED
 
 MISSING = 1
@@ -48,7 +48,7 @@ def study(
         as_text: print the table for people; otherwise the content of table.json.
 
     Raises:
-        ConfigError, DataError: before anything is trained; or afterwards, where a metric does not exist.
+        ConfigError, DataError: before anything is trained; or after the first run, where a metric does not exist.
     """
     if jobs is not None and jobs < 1:
         raise ConfigError(f"--jobs {jobs}: at least 1 run at a time is needed")
@@ -62,7 +62,7 @@ def study(
     reasons: dict[tuple[str, int], str] = {}
     if pending:
         with _ProgressLine(len(runs) - len(pending), len(runs)) as line:
-            ended = train_all(pending, jobs or len(os.sched_getaffinity(0)), line)
+            ended = train_all(pending, jobs or len(os.sched_getaffinity(0)), _Watch(line, wanted.metrics))
         reasons = {(one.case, one.seed): one.words for one in ended.failures}
         if ended.is_stopped:
             done = sum(is_done(run) for run in runs)
@@ -113,6 +113,27 @@ def _report(
     for plot in wanted.plots:
         replace_bytes(out / plot.file, draw(plot, table, cases))
     print(text if as_text else encoded, end="")
+
+
+class _Watch:
+    """Passes progress on, and ends a study whose first completed run lacks a metric: no other would have it."""
+
+    def __init__(self, line: Callable[[Progress], None], metrics: Sequence[Metric]) -> None:
+        self._line = line
+        self._metrics: Sequence[Metric] | None = metrics
+
+    def __call__(self, progress: Progress) -> None:
+        """See `runs.train_all`."""
+        self._line(progress)
+        done = [run for run, _, failure in progress.ended if failure is None]
+        if not done or self._metrics is None:
+            return
+        _, faults = measure(done[0], self._metrics)
+        self._metrics = None
+        if faults:
+            raise ConfigError(
+                "\n".join([*faults, "correct `metrics` in the study; the same command goes on with the runs there are"])
+            )
 
 
 class _ProgressLine:

@@ -14,7 +14,9 @@ import pytest
 from megaclass.config import validate
 from megaclass.errors import ConfigError
 from megaclass.provenance import commit
+from megaclass.study import command
 from megaclass.study.cases import Case, Run
+from megaclass.study.runs import Failure, Progress
 from megaclass.study.spec import Metric, Study
 from megaclass.study.table import Cell, Table, as_json, as_markdown, cell_text, gather, measure
 
@@ -52,6 +54,24 @@ def table(*columns: tuple[str, list[float]], better: str = "higher", num_seeds: 
     metric = Metric.model_validate({"name": RECALL, "better": better})
     cells = {name: {RECALL: Cell(dict(enumerate(values)))} for name, values in columns}
     return Table([metric], cells, num_seeds, [])
+
+
+def test_a_study_ends_with_its_first_run_if_a_metric_is_misspelt(tmp_path: Path) -> None:
+    runs = case(tmp_path, "a", [0, 1]).runs
+    for run in runs:
+        finish(run, {"trained": {"retrieval": {"recall_at_1": 0.5}}})
+    told: list[Progress] = []
+    watch = command._Watch(told.append, study("retrieval.recall_at_l").metrics)
+    failed = Progress(1, None, [(runs[0], 1.0, Failure("a", 0, 5, "numbers", tmp_path))])
+    watch(failed)
+    first = Progress(2, None, [(runs[1], 1.0, None)])
+    with pytest.raises(
+        ConfigError, match=r"recall_at_l is not in the evaluation of 'a'; there is retrieval.recall_at_1"
+    ):
+        watch(first)
+    assert told == [failed, first]
+    watch = command._Watch(told.append, study(RECALL).metrics)
+    watch(first)
 
 
 # --- the figures ------------------------------------------------------------------------------------------------------
