@@ -50,6 +50,19 @@ def add_to(commands: Any) -> None:
         made.add_argument("--samples-per-shard", type=int, help="samples in one tar shard")
         made.add_argument("--name", help="name of the data set")
         made.add_argument("--overwrite", action="store_true", help="replace the data set in DIR")
+    reshard = command(kinds, "reshard", _data_copy, "write a data set into shards of another size; sample ids stay")
+    reshard.set_defaults(num_classes=None, samples_per_class=None)
+    subset = command(
+        kinds, "subset", _data_copy, "write some classes or samples of a data set; unseen splits stay whole"
+    )
+    subset.add_argument("--num-classes", type=int, help="as many classes to train on, those of dataset.num_classes")
+    subset.add_argument("--samples-per-class", type=int, help="the first so many samples of each")
+    for made in (reshard, subset):
+        made.add_argument("folder", type=Path, metavar="DIR")
+        made.add_argument("--out", type=Path, required=True, metavar="DIR")
+        made.add_argument("--samples-per-shard", type=int, required=made is reshard, help="samples in one tar shard")
+        made.add_argument("--name", help="name of the copy")
+        made.add_argument("--overwrite", action="store_true", help="replace the data set in DIR")
     verify = command(kinds, "verify", _data_verify, "check every shard of a data set against its manifest")
     verify.add_argument("folder", type=Path, metavar="DIR")
     verify.add_argument("--json", action="store_true")
@@ -113,6 +126,17 @@ def _data_list(known: argparse.Namespace) -> int:
         report = import_list(
             known.path, root, known.out, progress=progress, **_given(known, "image_mode", "on_bad", "columns")
         )
+    print(report.text())
+    return 0
+
+
+def _data_copy(known: argparse.Namespace) -> int:
+    from megaclass.prepare.copying import copy_dataset
+
+    names = ("num_classes", "samples_per_class", "samples_per_shard", "name", "overwrite")
+    options = {name: getattr(known, name) for name in names if getattr(known, name) is not None}
+    with Progress("samples") as progress:
+        report = copy_dataset(known.folder, known.out, progress=progress, **options)
     print(report.text())
     return 0
 

@@ -92,6 +92,29 @@ class StoredSamples:
                 bad[place] = error
         return images, labels, bad
 
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """[num_samples] int64, the label of each sample."""
+        return self._new_labels[self._records["label"]]
+
+    @property
+    def sources(self) -> NDArray[np.int32]:
+        """[num_samples] int32, who or what made each sample; -1 if unknown."""
+        return self._records["source"]
+
+    def stored(self, sample_id: int) -> tuple[SampleMembers, str]:
+        """The members of a sample as they are in its shard, and where they lie, in words.
+
+        Raises:
+            DataError: they cannot be read, or the label is not the one of the index.
+        """
+        try:
+            sample, where = self._read_members(sample_id)
+            check_label(sample.label, int(self._records[sample_id]["label"]), self._num_stored_classes)
+        except BadSample as error:
+            raise error.as_data_error() from None
+        return sample, where
+
     def locate(self, sample_id: int) -> tuple[str, str]:
         """The key of a sample and the file name of the shard it lies in.
 
