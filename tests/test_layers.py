@@ -20,6 +20,7 @@ LAYERS = {
     "train.trained": 5,
     "train.classes": 5,
     "train.dry_run": 5,
+    "train.preview": 5,
     "train.build": 5,
     "study": 5,
     "bench": 5,

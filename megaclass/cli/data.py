@@ -63,6 +63,12 @@ def add_to(commands: Any) -> None:
         made.add_argument("--samples-per-shard", type=int, required=made is reshard, help="samples in one tar shard")
         made.add_argument("--name", help="name of the copy")
         made.add_argument("--overwrite", action="store_true", help="replace the data set in DIR")
+    preview = command(
+        kinds, "preview", _data_preview, "draw the images that a run would see, augmented", takes_options=True
+    )
+    preview.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; --section.key value as in train")
+    preview.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture: .png")
+    preview.add_argument("--count", type=int, default=64, help="images (default 64)")
     verify = command(kinds, "verify", _data_verify, "check every shard of a data set against its manifest")
     verify.add_argument("folder", type=Path, metavar="DIR")
     verify.add_argument("--json", action="store_true")
@@ -138,6 +144,21 @@ def _data_copy(known: argparse.Namespace) -> int:
     with Progress("samples") as progress:
         report = copy_dataset(known.folder, known.out, progress=progress, **options)
     print(report.text())
+    return 0
+
+
+def _data_preview(known: argparse.Namespace, rest: list[str]) -> int:
+    from megaclass import config
+    from megaclass.train.preview import contact_sheet
+
+    if known.out.suffix != ".png":
+        raise ConfigError(f"--out {known.out}: the ending must be .png")
+    sheet = contact_sheet(config.load(known.config, rest), known.count)
+    try:
+        sheet.save(known.out)
+    except OSError as error:
+        raise ConfigError(f"--out {known.out} cannot be written: {error.strerror}; give another file") from None
+    print(f"{known.count} images written to {known.out}")
     return 0
 
 

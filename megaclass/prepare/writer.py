@@ -46,7 +46,7 @@ class SplitPlan:
     """What a split will hold, decided before anything is written.
 
     Attributes:
-        names: one name per class, sorted; a class's label is its position here.
+        names: one name per class, all different; a class's label is its position here.
         groups: the super-class of each class, or None.
         source_names: who or what made samples.
         labels: [num_samples] int64.
