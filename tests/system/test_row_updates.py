@@ -95,7 +95,9 @@ def test_world_sizes_agree(runs: dict[int, list[dict[str, dict[str, Any]]]]) -> 
                 apart = float((weight - one["weight"].float()).norm() / one["weight"].float().norm())
                 assert apart < 2**-8, (name, size)
             else:
-                assert float((weight - one["weight"]).abs().max()) < 1e-4 * float(one["weight"].abs().max()), name
+                # A momentum that is rounded the other way differs by 2^-8 of itself, and its row by a tenth of that.
+                bound = 1e-3 if "low momentum" in name else 1e-4
+                assert float((weight - one["weight"]).abs().max()) < bound * float(one["weight"].abs().max()), name
 
 
 @pytest.mark.distributed
