@@ -3,7 +3,7 @@
 A sample has two addressees: the shard that owns its class needs its embedding, and every shard does if it has an inter
 term. `Gathered` sends everything to everyone. `Routed` is for a loss whose inter term covers a part of the batch only
 (D-Softmax-B): that part goes to everyone, and the rest of the batch only to the owners, so that what a rank receives
-hardly grows with the number of ranks. The loss is the same to the last bit of its terms; only the wire differs.
+hardly grows with the number of ranks. The loss is the same; only the wire differs.
 
 Apart from the class layer, because what travels is no part of the mathematics.
 """
@@ -117,7 +117,7 @@ class Routed:
             torch.bincount(batch_rows // batch, minlength=size),
         ]).tolist()  # fmt: skip
         parts = counts[size**2 :]
-        self._group, self._batch = group, batch
+        self._group = group
         self._send = counts[rank * size : (rank + 1) * size]
         self._receive = counts[rank : size**2 : size]
         self._order = owner[rank * batch : (rank + 1) * batch].argsort(stable=True)
