@@ -45,6 +45,7 @@ from megaclass.parallel.collectives import (
     sum_over_shards,
 )
 from megaclass.parallel.exchange import Exchange, exchange
+from megaclass.pass_rows import PassRows
 from megaclass.sampling.draw import Draw
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Own:
 
     Attributes:
         row: [G] int64 local class, -1 where another shard owns it.
-        weight_row: [o] int64 row of the class weights that stands for it (the best sub-centre), -1 elsewhere.
+        weight_row: [o] int64 row of `PassRows.weight` that stands for it (the best sub-centre), -1 elsewhere.
         unit: [o, dim] that row as a unit vector, zeros elsewhere.
         inverse: [o, 1] 1 / its length; 0 elsewhere, and for a row of length zero, which has no direction.
     """
@@ -94,19 +95,20 @@ class ClassLayer(torch.autograd.Function):
         loss, group = classifier.loss, classifier.group
         with torch.autocast(embeddings.device.type, enabled=False):
             labels = all_gather_batch(labels, group)
-            draw = loss.sampler.draw(labels, classifier.shard, this.draw_id, this.values.sampling_rate)
+            rows = classifier.rows_of_pass(labels, this.draw_id, this.values.sampling_rate)
+            draw = rows.draw
             owner = classifier.shard.owner_of(labels)
             batch = exchange(_as_sent(embeddings, classifier), owner, draw.batch_rows, group, dtype=embeddings.dtype)
-            own = _own_rows(classifier, batch.own, classifier.shard.to_row(labels), batch)
+            own = _own_rows(classifier, batch.own, rows, batch)
             cosine = batch.spread((batch.own * own.unit).sum(dim=1))
             norm = None if norm is None else all_gather_batch(norm, group)
             facts = Facts(norm, stream_key(loss.seed, STREAM_MARGIN, this.draw_id))
             chosen = slice(None) if draw.batch_rows is None else draw.batch_rows
-            candidates = Candidates(classifier.weight.detach(), draw.rows, draw.log_weight, loss.rows_per_class)
+            candidates = Candidates(rows.weight, draw.rows, draw.log_weight, loss.rows_per_class)
             sums = negatives.forward(
                 batch.inter,
                 candidates,
-                own.row[chosen],
+                rows.own[chosen],
                 _term(classifier, cosine, own, facts, chosen, this.values),
                 monitor=this.monitor,
                 kernel=classifier.kernel,
@@ -153,10 +155,10 @@ def _as_sent(embeddings: Tensor, classifier: ShardedClassifier) -> Tensor:
     return embeddings.bfloat16() if classifier.weight.dtype == torch.bfloat16 else embeddings
 
 
-def _own_rows(classifier: ShardedClassifier, embeddings: Tensor, row: Tensor, batch: Exchange) -> Own:
+def _own_rows(classifier: ShardedClassifier, embeddings: Tensor, rows: PassRows, batch: Exchange) -> Own:
     """Each sample's own class weight, normalised; of several sub-centres the one with the largest cosine."""
-    weight, per_class = classifier.weight.detach(), classifier.loss.rows_per_class
-    weight_row = batch.at_own(row)
+    weight, row, per_class = rows.weight, rows.label, classifier.loss.rows_per_class
+    weight_row = batch.at_own(rows.own)
     is_elsewhere = weight_row < 0
     if len(weight) == 0:
         return Own(row, weight_row, torch.zeros_like(embeddings), embeddings.new_zeros(len(embeddings), 1))
@@ -311,7 +313,8 @@ def _monitored(
         num_past = ((logit >= ends) & (own.row >= 0)).sum().to(logit.dtype)
     num_rows = classifier.shard.num_rows
     if draw.rows is not None:
-        num_rows = len(torch.unique(torch.cat([draw.rows, own.row[own.row >= 0]])))
+        own_classes = own.weight_row[own.weight_row >= 0] // classifier.loss.rows_per_class
+        num_rows = len(torch.unique(torch.cat([draw.rows, own_classes])))
     slots = logit.new_zeros(group_size(classifier.group))
     slots[group_rank(classifier.group)] = seen.cosine_max
     numbers = [seen.cosine_sum, seen.num_pairs, num_past, logit.new_tensor(float(num_rows))]

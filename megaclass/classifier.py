@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from megaclass.class_layer import ClassLayer, Pass
 from megaclass.counter import mix
 from megaclass.errors import DataError
+from megaclass.host_rows import HostRows
 from megaclass.kernels.interface import RowBlock
 from megaclass.kernels.row_gradient import RowGradient, RowUpdate, collect, merge
 from megaclass.loss import Balance, Loss
 from megaclass.objectives.objective import Values
 from megaclass.parallel.collectives import Group, group_size
 from megaclass.parallel.shard import ClassShard
+from megaclass.pass_rows import PassRows, from_host, on_device
 
 # Initial rows are drawn in blocks of this many global classes, each from a generator of its own.
 INIT_BLOCK = 1024
@@ -83,10 +85,14 @@ class ShardedClassifier(nn.Module):
             that the backbone's gradient is that of the mean over the global batch. It appears nowhere else.
         kernel: `auto`, `reference`, `chunked` or `triton`.
         balance: weights and margins of the classes of this shard, from their counts; None for all alike.
+        dtype: of the rows.
+        device: that the class layer computes on.
+        on_host: whether the rows stay in the host's memory; `host_rows` must then be set before the first pass.
 
     Attributes:
         weight: [shard.num_rows * rows_per_class, dim], this rank's rows only; it takes no part in autograd and must
             stay out of any wrapper around the backbone, which would average it over ranks that hold different classes.
+        host_rows: brings rows from the host to the device; None where all rows are on the device.
         bias: learned scalar, the same on every rank; None for a loss without one.
         state: running scalar of the negative map, the same on every rank; None for a loss without one.
         row_update: writes the rows during the backward pass, block by block, where a strategy has said so; None keeps
@@ -111,8 +117,10 @@ class ShardedClassifier(nn.Module):
         balance: Balance | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        on_host: bool = False,
     ) -> None:
         super().__init__()
+        self.device = torch.device(device)
         # Rows may be stored in bfloat16; everything that is computed from them is float32 or wider.
         self.dtype = torch.float32 if dtype == torch.bfloat16 else dtype
         assert shard.count == group_size(group), (shard, group_size(group))
@@ -123,7 +131,9 @@ class ShardedClassifier(nn.Module):
         self.grad_divisor = grad_divisor
         self.kernel = kernel
         rows = initial_rows(shard, dim, seed, rows_per_class=loss.rows_per_class, dtype=dtype)
-        self.weight = nn.Parameter(rows.to(device), requires_grad=False)
+        self.weight = nn.Parameter(rows if on_host else rows.to(device), requires_grad=False)
+        self.host_rows: HostRows | None = None
+        self._like = torch.empty(0, dtype=self.dtype, device=device)
         values = loss.preset.values(0.0)
         if loss.preset.sampler == "batch" or loss.preset.correction == "inverse-rate":
             # The rate is then no share of the negatives, or the sum stands for all of them.
@@ -133,7 +143,7 @@ class ShardedClassifier(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         initial = loss.negative_map.initial_state
         self.state = None if initial is None else torch.tensor(initial, dtype=self.dtype, device=device)
-        self.balance = None if balance is None else balance.to(self.weight.new_empty(0, dtype=self.dtype))
+        self.balance = None if balance is None else balance.to(self._like)
         self.cpu_seconds = 0.0
         self.row_update: RowUpdate | None = None
         self._row_gradients: list[RowGradient] = []
@@ -169,6 +179,12 @@ class ShardedClassifier(nn.Module):
             loss, intra, inter, positive_cosine, seen = ClassLayer.apply(embeddings, norm, labels, self, this)
         return ClassifierOutput(loss, intra, inter, positive_cosine, Monitors(*seen.unbind()) if monitor else None)
 
+    def rows_of_pass(self, labels: Tensor, draw_id: int, rate: float) -> PassRows:
+        """The draw of a pass and the rows it works on, for labels [G] of the global batch."""
+        if self.host_rows is not None:
+            return from_host(self.host_rows, self.loss.sampler, labels, self.shard, draw_id, rate)
+        return on_device(self.weight.detach(), self.loss.sampler, labels, self.shard, draw_id, rate)
+
     def take_row_gradient(self) -> RowGradient | None:
         """The gradient of the class weights since the last call, merged over micro-batches; None if there was none."""
         pending, self._row_gradients = self._row_gradients, []
@@ -185,7 +201,11 @@ class ShardedClassifier(nn.Module):
                 waits for the device).
         """
         if self.row_update is None:
-            self._row_gradients.append(collect(blocks, rows, len(self.weight), own))
+            gradient = collect(blocks, rows, len(self.weight), own)
+            if self.host_rows is not None:
+                # Micro-batches see different parts: what is merged must count the rows of the shard.
+                gradient = self.host_rows.in_shard(gradient)
+            self._row_gradients.append(gradient)
         elif bool(torch.isfinite(loss)):
             self.row_update(blocks, rows, own)
 
@@ -210,10 +230,12 @@ class ShardedClassifier(nn.Module):
         if is_taken and self._proposed_states and self.state is not None:
             self.state.copy_(torch.stack(self._proposed_states).mean())
         self._proposed_states = []
+        if not is_taken and self.host_rows is not None:
+            self.host_rows.forget()
 
     def margin_sizes(self, own_row: Tensor, values: Values) -> Tensor:
         """The size of each sample's margin: a scalar, or [G] by class (those of other shards mean nothing)."""
-        size = self.weight.new_tensor(values.margin, dtype=self.dtype)
+        size = self._like.new_tensor(values.margin)
         if self.balance is None or self.balance.margin_factors is None or len(self.balance.margin_factors) == 0:
             return size
         return size * self.balance.margin_factors[own_row.clamp_min(0)]
@@ -223,7 +245,7 @@ class ShardedClassifier(nn.Module):
         if self.balance is None or self.balance.weights is None:
             return None
         if len(self.balance.weights) == 0:
-            return self.weight.new_zeros(len(own_row), dtype=self.dtype)
+            return self._like.new_zeros(len(own_row))
         return torch.where(own_row >= 0, self.balance.weights[own_row.clamp_min(0)], 0.0)
 
     @contextmanager
@@ -231,7 +253,7 @@ class ShardedClassifier(nn.Module):
         """Count the processor time spent inside towards `cpu_seconds`."""
         begin = time.process_time()
         yield
-        if not self.weight.is_cuda:
+        if self.device.type != "cuda":
             self.cpu_seconds += time.process_time() - begin
 
 

@@ -24,6 +24,7 @@ class Case:
         optimizer: of the class rows.
         row_dtype: `float32` or `bfloat16`.
         row_update: `deferred` or `fused`.
+        row_memory: `device` or `host`; ours.
         kernel: ours.
         world_size: ranks.
     """
@@ -36,6 +37,7 @@ class Case:
     optimizer: str = "sgd"
     row_dtype: str = "float32"
     row_update: str = "deferred"
+    row_memory: str = "device"
     kernel: str = "auto"
     world_size: int = 1
 

@@ -58,7 +58,7 @@ def _report(
     slowest = max(times, key=lambda rank: statistics.median(rank.cpu))
     if name != measure.OURS:
         # The others know one type of rows and one optimizer.
-        case = replace(case, row_dtype="float32", row_update="deferred", optimizer="sgd")
+        case = replace(case, row_dtype="float32", row_update="deferred", row_memory="device", optimizer="sgd")
     report: Report = {
         "case": case.as_dict(),
         "impl": name,

@@ -12,10 +12,13 @@ from megaclass import loss
 from megaclass.bench.case import Case
 from megaclass.classifier import ShardedClassifier
 from megaclass.errors import ConfigError
+from megaclass.host_rows import HostRows
 from megaclass.objectives import presets
 from megaclass.optim import rowwise
+from megaclass.optim.hosted import HostedRowOptimizer
 from megaclass.parallel.process import World
 from megaclass.parallel.shard import ClassShard
+from megaclass.train.build import FEW_ROWS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -61,9 +64,18 @@ class Ours:
             kernel=case.kernel,
             dtype=_DTYPES[case.row_dtype],
             device=world.device,
+            on_host=case.row_memory == "host",
         )
         weight = self.classifier.weight.detach()
-        self.optimizer = rowwise.build(case.optimizer, weight, row_options(), seed=0, first_row=shard.start)
+        optimizer = rowwise.build(case.optimizer, weight, row_options(), seed=0, first_row=shard.start)
+        self.optimizer: rowwise.RowOptimizer | HostedRowOptimizer = optimizer
+        if case.row_memory == "host":
+            if preset.sampler not in FEW_ROWS:
+                raise ConfigError(
+                    f"--row-memory host: preset {case.preset!r} needs all rows; use d-softmax-k or partial-fc"
+                )
+            self.classifier.host_rows = HostRows({"weight": weight, **optimizer.state}, 1, world.device)
+            self.optimizer = HostedRowOptimizer(optimizer, self.classifier.host_rows)
         self._number = 0
         if case.row_update == "fused":
             self.classifier.row_update = lambda blocks, rows, own: self.optimizer.step_in_backward(

@@ -54,6 +54,7 @@ def _add_case(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=["sgd", "adamw", "adagrad"], default="sgd")
     parser.add_argument("--row-dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--row-update", choices=["deferred", "fused"], default="deferred")
+    parser.add_argument("--row-memory", choices=["device", "host"], default="device", help="where all rows are kept")
     parser.add_argument("--kernel", choices=["auto", "reference", "chunked", "triton"], default="auto")
     parser.add_argument("--nproc", type=int, default=1, help="ranks on this machine")
 
@@ -72,8 +73,8 @@ def _case(known: argparse.Namespace, num_classes: int, rate: float) -> Any:
         plot.check(known.plot)
     return Case(
         num_classes=num_classes, dim=known.dim, batch_size=known.batch_size, sampling_rate=rate, preset=known.preset,
-        optimizer=known.optimizer, row_dtype=known.row_dtype, row_update=known.row_update, kernel=known.kernel,
-        world_size=known.nproc,
+        optimizer=known.optimizer, row_dtype=known.row_dtype, row_update=known.row_update,
+        row_memory=known.row_memory, kernel=known.kernel, world_size=known.nproc,
     )  # fmt: skip
 
 

@@ -158,6 +158,9 @@ class Classifier(Section):
     row_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="type of the stored class rows; bfloat16: half the memory, rounded stochastically"
     )
+    row_memory: Literal["device", "host"] = Field(
+        "device", description="where class rows and their optimizer state are kept; host: drawn rows visit the device"
+    )
 
 
 class Optim(Section):
@@ -316,6 +319,11 @@ class Config(Section):
             )
         if self.train.precision == "float64" and "bfloat16" in (self.classifier.row_dtype, optim.row_momentum_dtype):
             faults.append("train.precision float64 keeps class rows and momentum in float64; take bfloat16 out")
+        if self.classifier.row_memory == "host" and optim.untouched_rows == "dense":
+            faults.append(
+                "classifier.row_memory host brings only rows that have a gradient to the device; use "
+                "optim.untouched_rows lazy or row_memory device"
+            )
         if optim.row_update == "fused":
             if optim.clip_norm is not None:
                 faults.append(

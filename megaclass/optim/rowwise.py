@@ -15,6 +15,7 @@ global tensor, loadable at any number of ranks.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -56,7 +57,21 @@ class RowOptimizer(ABC):
         self._seed = seed
         self._first_row = first_row
         self._is_dense = is_dense
+        self._numbers: Tensor | None = None
         self.state = {}
+
+    def over(self, weight: Tensor, state: dict[str, Tensor], numbers: Tensor) -> RowOptimizer:
+        """The same optimizer for a copy of some rows.
+
+        Args:
+            weight: [n, dim], the copy.
+            state: by name, the copy of their state.
+            numbers: [n] int64, which rows of this rank they are; stochastic rounding depends on it.
+        """
+        assert not self._is_dense
+        other = copy.copy(self)
+        other._weight, other.state, other._numbers = weight, state, numbers
+        return other
 
     @abstractmethod
     def _update(self, weight: Tensor, state: dict[str, Tensor], values: Tensor, lr: float) -> None:
@@ -147,6 +162,8 @@ class RowOptimizer(ABC):
             return
         if target.dtype == torch.bfloat16:
             local = torch.arange(where.start, where.stop, device=target.device) if isinstance(where, slice) else where
+            if self._numbers is not None:
+                local = self._numbers[local]
             values = rounding.stochastically(values, local + self._first_row, key)
         # Indexing and not index_copy_, which takes twice as long on the CPU.
         target[where] = values

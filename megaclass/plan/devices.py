@@ -1,9 +1,10 @@
 """What the devices can do, as plain data, and what this machine measures itself to do.
 
-Sources: memory, peak rates and link rates are the makers' data sheets (NVIDIA H200, H100 SXM, A100 80GB SXM, L40S,
-V100 SXM2 32GB), reduced to what is commonly reached: matrix products to 80 %, memory to 90 %, links to 80 % of one
-direction, one network card per GPU across nodes. H200: 790 TFLOP/s and 4.3 TB/s are assumed in the cost model. None of
-these numbers is a measurement of ours; the CPU is one core of a present server, and `calibrated` measures it.
+Sources: memory, peak rates and link rates are the makers' data sheets (NVIDIA H200, H100 SXM, A100 80GB SXM, L40S, V100
+SXM2 32GB), reduced to what is commonly reached: matrix products to 80 %, memory to 90 %, links to 80 % of one
+direction, one network card per GPU across nodes, PCIe 5, 4 or 3 with sixteen lanes to the host. H200: 790 TFLOP/s and
+4.3 TB/s are assumed in the cost model. None of these numbers is a measurement of ours; the CPU is one core of a present
+server, and `calibrated` measures it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Device:
         bandwidth: bytes of its memory per second, reads and writes together.
         link_bandwidth: bytes per second that a rank sends to others of its node.
         network_bandwidth: bytes per second that a rank sends to other nodes.
+        host_bandwidth: bytes per second between its memory and the host's, each way.
         latency_seconds: of one collective inside a node; three times that across nodes.
         ranks_per_node: devices that share the fast links.
     """
@@ -41,6 +43,7 @@ class Device:
     bandwidth: float
     link_bandwidth: float
     network_bandwidth: float
+    host_bandwidth: float
     latency_seconds: float = 20e-6
     ranks_per_node: int = 8
 
@@ -48,12 +51,12 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("h200", 139 * GIB, 790e12, 54e12, 4.3e12, 360e9, 45e9),
-        Device("h100", 79 * GIB, 790e12, 54e12, 3.0e12, 360e9, 45e9),
-        Device("a100", 79 * GIB, 250e12, 15.6e12, 1.8e12, 240e9, 22e9),
-        Device("l40s", 44 * GIB, 290e12, 73e12, 0.78e12, 25e9, 22e9),
-        Device("v100", 31 * GIB, 12.5e12, 12.5e12, 0.81e12, 120e9, 11e9),
-        Device("cpu", None, 200e9, 100e9, 12e9, 2e9, 1e9, 100e-6, 64),
+        Device("h200", 139 * GIB, 790e12, 54e12, 4.3e12, 360e9, 45e9, 50e9),
+        Device("h100", 79 * GIB, 790e12, 54e12, 3.0e12, 360e9, 45e9, 50e9),
+        Device("a100", 79 * GIB, 250e12, 15.6e12, 1.8e12, 240e9, 22e9, 25e9),
+        Device("l40s", 44 * GIB, 290e12, 73e12, 0.78e12, 25e9, 22e9, 25e9),
+        Device("v100", 31 * GIB, 12.5e12, 12.5e12, 0.81e12, 120e9, 11e9, 12e9),
+        Device("cpu", None, 200e9, 100e9, 12e9, 2e9, 1e9, 12e9, 100e-6, 64),
     )
 }
 

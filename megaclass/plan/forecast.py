@@ -22,6 +22,7 @@ class Plan:
         work: rows, samples and logits.
         memory_bytes: by part.
         peak_bytes, peak_moment: the largest sum of parts that exist together, and when.
+        host_bytes: of class rows and their state in the host's memory beside a GPU.
         flops: of `backbone` and `head` in a step.
         collectives: of a step.
         seconds: expected, by part.
@@ -32,6 +33,7 @@ class Plan:
     memory_bytes: dict[str, int]
     peak_bytes: int
     peak_moment: str
+    host_bytes: int
     flops: dict[str, int]
     collectives: list[step.Collective]
     seconds: dict[str, float]
@@ -43,9 +45,9 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Of the whole step; the head takes the longer of computing and moving memory."""
+        """Of the whole step; the head takes the longer of computing and moving memory, rows of the host come beside."""
         head = max(self.seconds["head compute"], self.seconds["head memory"])
-        return self.seconds["backbone"] + head + self.seconds["collectives"]
+        return max(self.seconds["backbone"] + head + self.seconds["collectives"], self.seconds["rows from the host"])
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON holds it."""
@@ -62,6 +64,8 @@ class Plan:
         ]
         for name, size in self.memory_bytes.items():
             lines.append(f"  {name:26}{readable(size):>12}{' *' if name in alive and size else ''}")
+        if self.host_bytes:
+            lines.append(f"memory of the host for this rank's class rows and their state: {readable(self.host_bytes)}")
         lines.append("flops of a step")
         lines += [f"  {name:26}{value:>12.3e}" for name, value in self.flops.items()]
         lines.append("bytes each rank sends in a step" if self.collectives else "nothing is sent: one rank")
@@ -81,6 +85,7 @@ def forecast(config: Config, num_classes: int, world_size: int, device: Device) 
     preset = build.resolve_preset(config)
     done = work.count(config, preset, num_classes, max(world_size, 0))
     build.check_batch(config, world_size)
+    build.check_row_memory(config, preset)
     presets.check_negatives(preset, num_classes)
     presets.check_exponents(preset, num_classes, config.classifier.normalisation)
     network = backbone.trace(config, done.batch)
@@ -93,6 +98,7 @@ def forecast(config: Config, num_classes: int, world_size: int, device: Device) 
         memory_bytes=parts,
         peak_bytes=peak,
         peak_moment=moment,
+        host_bytes=memory.host_bytes(config, done, device.name == "cpu"),
         flops={
             "backbone": 3 * network.forward_flops * done.num_micro,
             "head": step.head_flops(config, done),

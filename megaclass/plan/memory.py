@@ -16,8 +16,10 @@ _BATCH_MATRICES = 8
 _CHUNK_LOGITS, _CHUNK_MATRICES = 3, 4
 # The dense kernel keeps cosines, exponents, values, slopes and masks at once.
 _REFERENCE_LOGITS = 6
-PERSISTENT = ("class rows", "row optimizer state", "backbone parameters", "backbone gradients",
-              "backbone optimizer state", "moving average")  # fmt: skip
+# Parts of the class rows in host memory that are on the device at once: this step's, the last one's, the next one's.
+_HOST_PARTS = 3
+PERSISTENT = ("class rows", "row optimizer state", "rows visiting the device", "backbone parameters",
+              "backbone gradients", "backbone optimizer state", "moving average")  # fmt: skip
 # What exists beside the persistent parts in the three moments that can be the peak.
 BACKWARD = ("backbone activations", "input", "gathered batch", "kept slopes", "kept rows", "chunk scratch",
             "row gradients")  # fmt: skip
@@ -39,13 +41,35 @@ def state_bytes(config: Config, num_rows: int, dim: int) -> int:
     return num_rows * dim * (2 if optim.row_momentum_dtype == "bfloat16" else wide)
 
 
+def row_bytes(config: Config, num_rows: int, dim: int) -> int:
+    """Bytes of so many class rows."""
+    return num_rows * dim * build.row_dtype(config).itemsize
+
+
+def visiting_bytes(config: Config, work: Work) -> int:
+    """Bytes of rows and state that a step brings from the host to the device; 0 where they live on the device."""
+    if config.classifier.row_memory == "device":
+        return 0
+    touched = min(work.num_rows, work.num_touched * work.num_micro)
+    return row_bytes(config, touched, work.dim) + state_bytes(config, touched, work.dim)
+
+
+def host_bytes(config: Config, work: Work, is_cpu: bool) -> int:
+    """Bytes of rows and state that lie in the host's memory beside a GPU; 0 where both are the same memory."""
+    if config.classifier.row_memory == "device" or is_cpu:
+        return 0
+    return row_bytes(config, work.num_rows, work.dim) + state_bytes(config, work.num_rows, work.dim)
+
+
 def parts(config: Config, work: Work, backbone: BackboneWork, is_cpu: bool) -> dict[str, int]:
     """Bytes of every part, by name; they do not all exist at once (`peak`)."""
     wide = build.backbone_dtype(config).itemsize
     dim, size, is_fused = work.dim, backbone.parameter_bytes, config.optim.row_update == "fused"
+    on_host = host_bytes(config, work, is_cpu)
     found = {
-        "class rows": work.num_rows * dim * build.row_dtype(config).itemsize,
-        "row optimizer state": state_bytes(config, work.num_rows, dim),
+        "class rows": 0 if on_host else row_bytes(config, work.num_rows, dim),
+        "row optimizer state": 0 if on_host else state_bytes(config, work.num_rows, dim),
+        "rows visiting the device": _HOST_PARTS * visiting_bytes(config, work),
         "backbone parameters": size,
         # DistributedDataParallel sends gradients from buckets of its own.
         "backbone gradients": size * (1 if work.world_size == 1 else 2),
@@ -57,13 +81,13 @@ def parts(config: Config, work: Work, backbone: BackboneWork, is_cpu: bool) -> d
         **_kernel_parts(config, work, wide),
     }
     # Lists of row numbers, int64, go with the gradient of drawn rows: the draw, the weight rows, the gradient's own.
-    row_bytes = dim * wide + (24 if work.is_sampled else 0)
+    gradient_bytes = dim * wide + (24 if work.is_sampled else 0)
     touched = 0 if is_fused else work.num_touched
     union = touched
     if work.is_sampled and touched:
         union = round(work.num_rows * (1 - (1 - touched / work.num_rows) ** work.num_micro))
-    found["row gradients"] = touched * row_bytes * work.num_micro
-    found["merged row gradients"] = union * row_bytes
+    found["row gradients"] = touched * gradient_bytes * work.num_micro
+    found["merged row gradients"] = union * gradient_bytes
     # Gradients of drawn rows are joined in one copy and summed into their union; those of all rows in place.
     is_joined = work.num_micro > 1 and work.is_sampled
     found["row gradient merge"] = found["row gradients"] + found["merged row gradients"] if is_joined else 0

@@ -44,6 +44,13 @@ def check_fits(config: Config, num_classes: int, world_size: int, device: torch.
     limit = available_bytes(device)
     if limit is not None and plan.peak_bytes > limit:
         raise ConfigError(_refusal(config, plan, limit))
+    limit = available_bytes(torch.device("cpu"))
+    if limit is not None and plan.host_bytes > limit:
+        raise ConfigError(
+            f"classifier.row_memory host needs {readable(plan.host_bytes)} of the host's memory for each of its ranks "
+            f"and {readable(limit)} are there; use classifier.row_dtype bfloat16, optim.class_name adagrad, fewer "
+            "classes or more hosts"
+        )
     return plan
 
 
@@ -65,6 +72,7 @@ def remedies(config: Config, plan: Plan, limit: int) -> list[str]:
         ("optim.class_name adagrad", {"optim": {"class_name": "adagrad", "row_momentum_dtype": "float32"}}),
         ("optim.row_update fused with optim.clip_norm null", {"optim": {"row_update": "fused", "clip_norm": None}}),
         ("classifier.sampling_rate 0.015625", {"classifier": {"sampling_rate": 1 / 64}}),
+        ("classifier.row_memory host", {"classifier": {"row_memory": "host"}}),
         (
             "bfloat16 rows with adagrad",
             {

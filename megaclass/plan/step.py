@@ -10,7 +10,7 @@ from megaclass.objectives.objective import OBJECTIVES
 from megaclass.objectives.presets import Preset
 from megaclass.plan.backbone import BackboneWork
 from megaclass.plan.devices import Device
-from megaclass.plan.memory import state_bytes
+from megaclass.plan.memory import state_bytes, visiting_bytes
 from megaclass.plan.work import Work
 from megaclass.train import build
 
@@ -83,7 +83,10 @@ def collectives(config: Config, preset: Preset, work: Work, backbone: BackboneWo
 def seconds(
     config: Config, work: Work, backbone: BackboneWork, device: Device, exchanges: list[Collective]
 ) -> dict[str, float]:
-    """Expected seconds of a step by part; head compute and head memory overlap, the rest is added."""
+    """Expected seconds of a step by part; head compute and head memory overlap, the rest is added.
+
+    Rows that visit the device from the host travel both ways at once and beside everything else.
+    """
     is_low = config.train.precision == "bfloat16"
     backbone_rate = (device.bf16_flops if is_low else device.fp32_flops) * (_BACKBONE_SHARE if is_low else 0.8)
     rate = device.bf16_flops if config.classifier.row_dtype == "bfloat16" else device.fp32_flops
@@ -96,4 +99,5 @@ def seconds(
         "collectives": sum(
             one.sent_bytes / link + one.count * latency * device.latency_seconds for one in exchanges
         ),
+        "rows from the host": visiting_bytes(config, work) / device.host_bandwidth,
     }  # fmt: skip

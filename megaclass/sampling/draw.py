@@ -36,3 +36,10 @@ class Sampler(Protocol):
         `rate` is the share of the classes, or of the batch, that is drawn; it may change from step to step.
         """
         ...
+
+    def drawn(self, shard: ClassShard, draw_id: int, rate: float) -> Tensor:
+        """Classes of this shard that draw `draw_id` will hold whatever its labels, [n] int64 on the host.
+
+        Unique and sorted; a forecast for whoever fetches rows ahead of time, so it may leave out any.
+        """
+        ...

@@ -20,6 +20,8 @@ from megaclass.sampling.draw import Draw, Sampler
 from megaclass.sampling.picks import number_drawn, stratified, uniform
 
 _PICKS = {"stratified": stratified, "uniform": uniform}
+_HOST = torch.device("cpu")
+_NOTHING = torch.empty(0, dtype=torch.int64)
 
 
 class Graph(Protocol):
@@ -37,6 +39,10 @@ class AllRows:
     def draw(self, labels: Tensor, shard: ClassShard, draw_id: int, rate: float) -> Draw:
         """Nothing is drawn."""
         return Draw()
+
+    def drawn(self, shard: ClassShard, draw_id: int, rate: float) -> Tensor:
+        """None by name: all rows are in."""
+        return _NOTHING
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,16 @@ class ClassSample:
     def draw(self, labels: Tensor, shard: ClassShard, draw_id: int, rate: float) -> Draw:
         """This shard's part of max(1, round(rate * classes)) picks; cost O(picks / ranks) where stratified."""
         num_picks = number_drawn(rate, shard.num_classes)
-        rows = _drawn(num_picks, labels, shard, stream_key(self.seed, STREAM_ROWS, draw_id), self.picks)
+        rows = _drawn(num_picks, labels.device, shard, stream_key(self.seed, STREAM_ROWS, draw_id), self.picks)
         log_weight = _log_weight(num_picks, shard) if self.is_corrected else 0.0
         return (
             _joined(rows, _owned(labels, shard), log_weight) if self.batch_positives else Draw(rows, None, log_weight)
         )
+
+    def drawn(self, shard: ClassShard, draw_id: int, rate: float) -> Tensor:
+        """All picks: they do not depend on the labels."""
+        num_picks = number_drawn(rate, shard.num_classes)
+        return _drawn(num_picks, _HOST, shard, stream_key(self.seed, STREAM_ROWS, draw_id), self.picks)
 
 
 @dataclass(frozen=True)
@@ -84,8 +95,12 @@ class PartialFC:
     def draw(self, labels: Tensor, shard: ClassShard, draw_id: int, rate: float) -> Draw:
         """The union of both kinds on this shard; counting the batch's classes reads from the device."""
         num_picks = max(0, number_drawn(rate, shard.num_classes) - len(torch.unique(labels)))
-        rows = _drawn(num_picks, labels, shard, stream_key(self.seed, STREAM_ROWS, draw_id), self.picks)
+        rows = _drawn(num_picks, labels.device, shard, stream_key(self.seed, STREAM_ROWS, draw_id), self.picks)
         return _joined(rows, _owned(labels, shard), _log_weight(num_picks, shard) if self.is_corrected else 0.0)
+
+    def drawn(self, shard: ClassShard, draw_id: int, rate: float) -> Tensor:
+        """None: how many are drawn depends on the labels, and with it which."""
+        return _NOTHING
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,10 @@ class PositivesOnly:
     def draw(self, labels: Tensor, shard: ClassShard, draw_id: int, rate: float) -> Draw:
         """The batch's own classes on this shard."""
         return Draw(torch.unique(_owned(labels, shard)))
+
+    def drawn(self, shard: ClassShard, draw_id: int, rate: float) -> Tensor:
+        """None: the labels say everything."""
+        return _NOTHING
 
 
 @dataclass(frozen=True)
@@ -115,10 +134,15 @@ class HardSample:
     def draw(self, labels: Tensor, shard: ClassShard, draw_id: int, rate: float) -> Draw:
         """The union on this shard of near classes, random picks and, by default, the batch's own classes."""
         num_picks = number_drawn(rate, shard.num_classes)
-        rows = _drawn(num_picks, labels, shard, stream_key(self.seed, STREAM_ROWS, draw_id), self.picks)
+        rows = _drawn(num_picks, labels.device, shard, stream_key(self.seed, STREAM_ROWS, draw_id), self.picks)
         near = self.graph.near(labels).flatten()
         always = torch.cat([near, labels]) if self.batch_positives else near
         return _joined(rows, _owned(always, shard), _log_weight(num_picks, shard) if self.is_corrected else 0.0)
+
+    def drawn(self, shard: ClassShard, draw_id: int, rate: float) -> Tensor:
+        """The random picks."""
+        num_picks = number_drawn(rate, shard.num_classes)
+        return _drawn(num_picks, _HOST, shard, stream_key(self.seed, STREAM_ROWS, draw_id), self.picks)
 
 
 @dataclass(frozen=True)
@@ -140,6 +164,10 @@ class BatchSample:
         )  # fmt: skip
         return Draw(batch_rows=positions)
 
+    def drawn(self, shard: ClassShard, draw_id: int, rate: float) -> Tensor:
+        """None by name: all rows are in."""
+        return _NOTHING
+
 
 def build(preset: Preset, seed: int, graph: Graph | None = None) -> Sampler:
     """The sampler a resolved preset names; `hard` needs the graph."""
@@ -156,12 +184,9 @@ def build(preset: Preset, seed: int, graph: Graph | None = None) -> Sampler:
     return PositivesOnly() if preset.sampler == "positives" else AllRows()
 
 
-def _drawn(num_picks: int, labels: Tensor, shard: ClassShard, key: int, picks: str) -> Tensor:
+def _drawn(num_picks: int, device: torch.device, shard: ClassShard, key: int, picks: str) -> Tensor:
     """This shard's part of the picks, as local classes."""
-    return (
-        _PICKS[picks](shard.num_classes, num_picks, shard.start, shard.stop, key=key, device=labels.device)
-        - shard.start
-    )
+    return _PICKS[picks](shard.num_classes, num_picks, shard.start, shard.stop, key=key, device=device) - shard.start
 
 
 def _owned(classes: Tensor, shard: ClassShard) -> Tensor:

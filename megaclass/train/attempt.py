@@ -121,6 +121,8 @@ class Attempt:
         self.evaluation = open_evaluation(config)
         self.training = build.build(config, w)
         self._open.append(self.training.reader.close)
+        if self.training.classifier.host_rows is not None:
+            self._open.append(self.training.classifier.host_rows.close)
         self.replayed = found["replayed_steps"] * config.train.global_batch_size
         self.extra: dict[str, Any] = {"skipped": {}, "best": None}
         if found["path"] is not None:

@@ -13,17 +13,23 @@ from megaclass.config import Config
 from megaclass.data.batch import Reader
 from megaclass.data.open import open_reader
 from megaclass.errors import ConfigError
+from megaclass.host_rows import HostRows
 from megaclass.neighbours import NeighbourGraph
 from megaclass.objectives import presets
 from megaclass.optim import backbone as backbone_optimizer
 from megaclass.optim import rowwise
 from megaclass.optim.ema import MovingAverage
+from megaclass.optim.hosted import HostedRowOptimizer
+from megaclass.optim.rowwise import RowOptimizer
 from megaclass.optim.schedule import base_rates
 from megaclass.parallel.process import World
 from megaclass.parallel.shard import ClassShard
 from megaclass.sampling.samplers import Graph
 from megaclass.train.ddp import DDPStrategy
 from megaclass.train.loop import Training
+
+# Samplers that draw a part of the classes and read nothing of the others.
+FEW_ROWS = ("classes", "partial-fc", "positives")
 
 
 def check_batch(config: Config, world_size: int) -> None:
@@ -77,13 +83,7 @@ def build(config: Config, world: World) -> Training:
         reader=reader,
         strategy=strategy,
         classifier=classifier,
-        row_optimizer=rowwise.build(
-            config.optim.class_name,
-            classifier.weight.detach(),
-            config.optim,
-            seed=config.train.seed,
-            first_row=classifier.shard.start * classifier.loss.rows_per_class,
-        ),
+        row_optimizer=build_row_optimizer(config, classifier),
         bias_optimizer=None
         if classifier.bias is None
         else rowwise.build(config.optim.class_name, classifier.bias.detach().view(1, 1), config.optim),
@@ -127,6 +127,7 @@ def build_classifier(
 ) -> tuple[ShardedClassifier, NeighbourGraph | None]:
     """This rank's shard of the class weights with the loss of the preset, and the graph of the sampler `hard`."""
     preset = resolve_preset(config)
+    check_row_memory(config, preset)
     shard = ClassShard(reader.num_classes, world.rank, world.size)
     graph = build_graph(config, preset, shard, world)
     own_loss = build_loss(config, preset, reader.num_classes, graph)
@@ -148,8 +149,40 @@ def build_classifier(
         ),
         dtype=row_dtype(config),
         device=world.device,
+        on_host=config.classifier.row_memory == "host",
     )
     return classifier, graph
+
+
+def build_row_optimizer(config: Config, classifier: ShardedClassifier) -> RowOptimizer | HostedRowOptimizer:
+    """The optimizer of this rank's class rows; for rows in the host's memory with what brings them to the device."""
+    per_class = classifier.loss.rows_per_class
+    weight = classifier.weight.detach()
+    optimizer = rowwise.build(
+        config.optim.class_name,
+        weight,
+        config.optim,
+        seed=config.train.seed,
+        first_row=classifier.shard.start * per_class,
+    )
+    if config.classifier.row_memory == "device":
+        return optimizer
+    classifier.host_rows = HostRows({"weight": weight, **optimizer.state}, per_class, classifier.device)
+    return HostedRowOptimizer(optimizer, classifier.host_rows)
+
+
+def check_row_memory(config: Config, preset: presets.Preset) -> None:
+    """Refuse rows in the host's memory for a loss that needs all of them on the device in every step.
+
+    Raises:
+        ConfigError: with the samplers that go with it.
+    """
+    if config.classifier.row_memory == "host" and preset.sampler not in FEW_ROWS:
+        needs = "searches all rows for neighbours" if preset.sampler == "hard" else "needs all rows in every step"
+        raise ConfigError(
+            f"classifier.row_memory host: the sampler {preset.sampler!r} {needs}; use one of "
+            f"{', '.join(FEW_ROWS)} (presets d-softmax-k, partial-fc, ...), or row_memory device"
+        )
 
 
 def check_fused(config: Config, own_loss: loss.Loss, device: torch.device) -> None:

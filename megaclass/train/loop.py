@@ -25,6 +25,7 @@ from megaclass.kernels.row_gradient import RowGradient
 from megaclass.neighbours import NeighbourGraph
 from megaclass.optim.clip import clip_coefficient, joint_norm
 from megaclass.optim.ema import MovingAverage
+from megaclass.optim.hosted import HostedRowOptimizer
 from megaclass.optim.rowwise import RowOptimizer
 from megaclass.optim.schedule import base_rates, learning_rate_factor
 from megaclass.parallel.process import World
@@ -48,7 +49,7 @@ class Training:
     reader: Reader
     strategy: Strategy
     classifier: ShardedClassifier
-    row_optimizer: RowOptimizer
+    row_optimizer: RowOptimizer | HostedRowOptimizer
     bias_optimizer: RowOptimizer | None
     graph: NeighbourGraph | None
     average: MovingAverage | None

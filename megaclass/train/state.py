@@ -76,6 +76,8 @@ def restore(training: Training, snapshot: Snapshot) -> None:
 def _sharded(training: Training) -> dict[str, Tensor]:
     """This rank's tensors with one row per class; live ones, or views of them."""
     classifier, per_class = training.classifier, training.classifier.loss.rows_per_class
+    if classifier.host_rows is not None:
+        classifier.host_rows.flush()
     rows = {"class_weight": classifier.weight.detach()} | _prefixed("class_optimizer", training.row_optimizer.state)
     if per_class > 1:
         rows = {name: tensor.view(-1, per_class, *tensor.shape[1:]) for name, tensor in rows.items()}

@@ -10,6 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megaclass import host_rows
+from megaclass.bench.case import Case as BenchCase
+from megaclass.bench.case import batch as bench_batch
+from megaclass.bench.heads import Ours
 from megaclass.parallel import collectives, exchange
 from megaclass.parallel.process import World
 from tests.distributed.test_oracle import compare, run_case
@@ -68,3 +72,35 @@ def test_two_gloo_ranks_share_a_gpu() -> None:
     cases = [Case(preset, 1003, 5, "any", monitor=True) for preset in PRESETS]
     for case, *parts in zip(cases, *spawn(_on_one_gpu, 2, cases, seconds=280), strict=True):
         compare(case, parts)
+
+
+def _steps(memory: str, update: str, optimizer: str, row_dtype: str) -> tuple[list[float], torch.Tensor]:
+    """Twelve steps of a class layer with its row optimizer: losses and final rows."""
+    made = BenchCase(
+        num_classes=5003, dim=48, batch_size=37, sampling_rate=0.2, preset="d-softmax-k", optimizer=optimizer,
+        row_dtype=row_dtype, row_update=update, row_memory=memory,
+    )  # fmt: skip
+    head = Ours(made, _alone())
+    losses = [float(head.step(*bench_batch(made, _alone(), number)).double().sum()) for number in range(12)]
+    if head.classifier.host_rows is not None:
+        assert not head.classifier.weight.is_cuda
+        head.classifier.host_rows.close()
+    return losses, head.classifier.weight.detach().cpu()
+
+
+@pytest.mark.parametrize("update", ["deferred", "fused"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adagrad"])
+@pytest.mark.parametrize("row_dtype", ["float32", "bfloat16"])
+def test_rows_on_the_host_are_those_on_the_device(
+    update: str, optimizer: str, row_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, through buffers so small that every copy takes several pieces."""
+    monkeypatch.setattr(host_rows, "_STAGE_BYTES", 10_000)
+    # Sums of gradients that meet in one row are in no fixed order on CUDA otherwise.
+    torch.use_deterministic_algorithms(True)
+    try:
+        there, here = (_steps(memory, update, optimizer, row_dtype) for memory in ("device", "host"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert there[0] == here[0]
+    assert torch.equal(there[1], here[1])

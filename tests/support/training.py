@@ -75,6 +75,8 @@ def fit(world: World, content: dict[str, Any]) -> dict[str, Any]:
         assert loop.fit(training, loop.Hooks(lambda step: False, lambda batches: None, results.append))
     finally:
         training.reader.close()
+    if training.classifier.host_rows is not None:
+        training.classifier.host_rows.close()
     return {
         "losses": [float(result.output.loss.detach()) for result in results],
         "ids": [result.ids for result in results],
