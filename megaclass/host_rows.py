@@ -228,13 +228,15 @@ class _Copies:
         rows = max(1, _STAGE_BYTES // max(1, tensor[:1].numel() * tensor.element_size()))
         if what not in self._stages:
             shape = (min(rows, len(tensor)), *tensor.shape[1:])
-            self._stages[what] = [
-                (torch.empty(shape, dtype=tensor.dtype, pin_memory=True), torch.cuda.Event()) for _ in range(2)
-            ]
+            self._stages[what] = [(_pinned(shape, tensor.dtype), torch.cuda.Event()) for _ in range(2)]
         for number, start in enumerate(range(0, length, rows)):
             stop = min(start + rows, length)
             stage, event = self._stages[what][number % 2]
             yield start, stop, stage[: stop - start], event
+
+
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 def _put(tensor: Tensor, classes: Tensor, start: int, stop: int, stage: Tensor, has_come: Any) -> None:

@@ -18,7 +18,7 @@ from megaclass.optim import rowwise
 from megaclass.optim.hosted import HostedRowOptimizer
 from megaclass.parallel.process import World
 from megaclass.parallel.shard import ClassShard
-from megaclass.train.build import FEW_ROWS
+from megaclass.sampling.samplers import FEW_ROWS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -19,6 +19,8 @@ from megaclass.parallel.shard import ClassShard
 from megaclass.sampling.draw import Draw, Sampler
 from megaclass.sampling.picks import number_drawn, stratified, uniform
 
+# Names of the samplers that draw a part of the classes and read nothing of the others.
+FEW_ROWS = ("classes", "partial-fc", "positives")
 _PICKS = {"stratified": stratified, "uniform": uniform}
 _HOST = torch.device("cpu")
 _NOTHING = torch.empty(0, dtype=torch.int64)

@@ -24,12 +24,9 @@ from megaclass.optim.rowwise import RowOptimizer
 from megaclass.optim.schedule import base_rates
 from megaclass.parallel.process import World
 from megaclass.parallel.shard import ClassShard
-from megaclass.sampling.samplers import Graph
+from megaclass.sampling.samplers import FEW_ROWS, Graph
 from megaclass.train.ddp import DDPStrategy
 from megaclass.train.loop import Training
-
-# Samplers that draw a part of the classes and read nothing of the others.
-FEW_ROWS = ("classes", "partial-fc", "positives")
 
 
 def check_batch(config: Config, world_size: int) -> None:

@@ -82,6 +82,14 @@ def test_head_beside_the_peer_on_two_ranks(peer: Path, tmp_path: Path, capsys: p
         assert case["floor_bytes"] == 400 * 16 * 8
 
 
+def test_rows_on_the_host(capsys: pytest.CaptureFixture[str]) -> None:
+    rate = ["--sampling-rate", "0.1", "--no-memory", "--row-memory", "host"]
+    assert main(["bench", "head", *SMALL, *rate, "--preset", "d-softmax-k", "--row-update", "fused"]) == 0
+    assert "megaclass" in capsys.readouterr().out
+    assert main(["bench", "head", *SMALL, "--preset", "d-softmax", "--row-memory", "host", "--no-memory"]) == 2
+    assert "--row-memory host: preset 'd-softmax' needs all rows" in capsys.readouterr().err
+
+
 def test_baselines_and_those_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     baselines = ["--baselines", "torch-cross-entropy", "torch-linear-cross-entropy-64", "naive-d-softmax"]
     assert (

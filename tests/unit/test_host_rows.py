@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -168,3 +169,51 @@ def test_the_forecast_of_hard_negatives_is_their_random_part() -> None:
     rows = sampler.draw(torch.tensor([3, 50]), shard, 8, 0.3).rows
     assert rows is not None
     assert bool(torch.isin(sampler.drawn(shard, 8, 0.3), rows).all())
+
+
+class _Event:
+    """Counts how a buffer is used: it must not be filled again before somebody waited for its last use."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+
+    def record(self, stream: Any) -> None:
+        assert not self.is_open
+        self.is_open = True
+
+    def synchronize(self) -> None:
+        self.is_open = False
+
+
+class _Stream:
+    def wait_event(self, event: Any) -> None:
+        assert event is not None
+
+
+@pytest.fixture
+def staged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of the copies on CUDA, with pieces of two entries, on the CPU."""
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(host_rows, "_pinned", lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    monkeypatch.setattr(host_rows, "_STAGE_BYTES", 2 * 3 * 4)
+
+
+@pytest.mark.usefixtures("staged")
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 9])
+def test_copies_through_buffers_move_every_piece(count: int) -> None:
+    copies = host_rows._Copies(CPU)
+    copies._stream = _Stream()  # type: ignore[assignment]
+    held = {"weight": torch.arange(39.0).view(13, 1, 3), "square_sum": torch.arange(13.0).view(13, 1)}
+    classes = torch.tensor([0, 2, 3, 5, 6, 7, 9, 11, 12])[:count]
+    for number in range(2):
+        before = {name: table.clone() for name, table in held.items()}
+        part = copies.read(held, classes)
+        for name, entry in part.entries.items():
+            assert torch.equal(entry, before[name][classes])
+            entry.add_(100 * (number + 1))
+        copies.write(held, host_rows.Part(classes, part.entries, arrived=_Event()))
+        for name, table in held.items():
+            before[name][classes] += 100 * (number + 1)
+            assert torch.equal(table, before[name])

@@ -141,3 +141,45 @@ def test_ranks_of_a_node_share_its_memory() -> None:
     whole, half = (refuse.available_bytes(torch.device("cpu"), ranks) for ranks in (1, 2))
     assert whole is not None
     assert half == pytest.approx(whole / 2, rel=0.2)
+
+
+HOSTED: dict[str, Any] = {
+    "classifier": {"row_dtype": "bfloat16", "sampling_rate": 1 / 64, "row_memory": "host"},
+    "optim": {"class_name": "adagrad", "row_update": "fused", "clip_norm": None},
+}
+
+
+def test_rows_on_the_host_leave_the_device_to_three_parts() -> None:
+    """100 million classes x 512 in bfloat16 with four bytes of state: 102.8 GB on the host."""
+    here, there = planned(100_000_000, 1, "h100", **HOSTED), planned(100_000_000, 1, "h100", **SMALLEST)
+    assert here.host_bytes == 100_000_000 * (1024 + 4)
+    assert there.host_bytes == 0
+    assert here.memory_bytes["class rows"] == here.memory_bytes["row optimizer state"] == 0
+    assert here.memory_bytes["rows visiting the device"] == 3 * here.work.num_touched * 1028
+    assert here.peak_bytes < 12e9 < 79 * 2**30 < there.peak_bytes
+    assert here.seconds["rows from the host"] == pytest.approx(here.work.num_touched * 1028 / 50e9)
+    assert "memory of the host for this rank's class rows and their state: 102.80 GB" in here.to_text()
+    assert there.seconds["rows from the host"] == 0
+
+
+def test_on_a_cpu_both_memories_are_one() -> None:
+    here = planned(1_000_000, 1, "cpu", **HOSTED)
+    assert here.host_bytes == 0
+    assert here.memory_bytes["class rows"] == 1_000_000 * 1024
+
+
+def test_a_slow_link_bounds_the_step() -> None:
+    sections = {**HOSTED, "classifier": {**HOSTED["classifier"], "sampling_rate": 0.25}}
+    plan = planned(100_000_000, 1, "v100", **sections)
+    assert plan.step_seconds >= plan.seconds["rows from the host"]
+
+
+def test_the_host_is_asked_for_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 2**30
+    monkeypatch.setattr(
+        refuse, "available_bytes", lambda device, local=None: (64 if device.type == "cpu" else 79) * gib
+    )
+    with pytest.raises(ConfigError, match=r"row_memory host needs 102.80 GB of the host's memory for each of its ranks"):
+        check_fits(configured(**HOSTED), 100_000_000, 1, torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"classifier.row_memory host"):
+        check_fits(configured(**{**HOSTED, "classifier": SMALLEST["classifier"]}), 100_000_000, 1, torch.device("cuda"))
