@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from megaclass.config import Config
 from megaclass.kernels.chunked import keeps_slopes
+from megaclass.objectives.margin import MARGINS
+from megaclass.objectives.negative_map import NEGATIVE_MAPS
 from megaclass.objectives.objective import OBJECTIVES
-from megaclass.objectives.presets import Preset
+from megaclass.objectives.presets import Preset, check_exponents
 from megaclass.plan.backbone import BackboneWork
 from megaclass.plan.devices import Device
 from megaclass.plan.memory import state_bytes, visiting_bytes
@@ -56,28 +58,51 @@ def collectives(config: Config, preset: Preset, work: Work, backbone: BackboneWo
     ranks = work.world_size
     if ranks == 1:
         return []
-    others, micro, size = ranks - 1, work.num_micro, build.backbone_dtype(config).itemsize
-    sent = 2 if config.classifier.row_dtype == "bfloat16" else size
-    numbers = work.inter_batch + 2
-    if OBJECTIVES.find(preset.objective).needs_positive:
-        numbers += work.global_batch
-    gathered, routed = work.batch * work.dim, []
-    if work.is_routed:
-        gathered = -(-work.inter_batch // ranks) * work.dim
-        each = micro * others * work.batch * work.dim // ranks
-        routed = [
-            Collective("all-to-all", "embeddings to owners", each * sent, micro),
-            Collective("all-to-all", "their gradient", each * size, micro),
-        ]
     return [
-        Collective("all-gather", "labels", micro * others * work.batch * 8, micro),
-        Collective("all-gather", "embeddings", micro * others * gathered * sent, micro),
-        *routed,
-        Collective("all-reduce", "sums over negatives", micro * 2 * others * numbers * size // ranks, micro),
-        Collective("reduce-scatter", "embedding gradient", micro * others * gathered * size, micro),
-        Collective("all-reduce", "backbone gradient", 2 * others * backbone.parameter_bytes // ranks, 1),
-        Collective("all-reduce", "gradient norm", 2 * others * 8 // ranks, 1),
+        *_head_collectives(config, preset, work),
+        Collective("all-reduce", "backbone gradient", 2 * (ranks - 1) * backbone.parameter_bytes // ranks, 1),
+        Collective("all-reduce", "gradient norm", 2 * (ranks - 1) * 8 // ranks, 1),
     ]
+
+
+def _head_collectives(config: Config, preset: Preset, work: Work) -> list[Collective]:
+    """Those of the class layer, in their order; what a loss needs beyond the common ones it declares."""
+    others, micro, size = work.world_size - 1, work.num_micro, build.backbone_dtype(config).itemsize
+    sent = 2 if config.classifier.row_dtype == "bfloat16" else size
+    objective, margin = OBJECTIVES.find(preset.objective), MARGINS.find(preset.margin_kind)
+    negative_map = NEGATIVE_MAPS.find(preset.negative_map)
+    numbers = (
+        work.inter_batch
+        + 2
+        + work.global_batch * (objective.needs_positive + bool(config.classifier.count_weight_power))
+    )
+
+    def gathered(what: str, count: int, item: int, name: str = "all-gather") -> Collective:
+        return Collective(name, what, micro * others * count * item, micro)
+
+    def reduced(what: str, count: int) -> Collective:
+        return Collective("all-reduce", what, micro * 2 * others * count * size // work.world_size, micro)
+
+    each, routed = work.batch * work.dim, work.batch * work.dim // work.world_size
+    if work.is_routed:
+        each = -(-work.inter_batch // work.world_size) * work.dim
+    found = [gathered("labels", work.batch, 8), gathered("embeddings", each, sent)]
+    if work.is_routed:
+        found.append(gathered("embeddings to owners", routed, sent, "all-to-all"))
+    if margin.needs_norm:
+        found.append(gathered("lengths of embeddings", work.batch, size))
+    if negative_map.needs_positive and objective.is_exponential:
+        found.append(reduced("positive cosines", 2 * work.global_batch))
+    if check_exponents(preset, work.num_classes, config.classifier.normalisation):
+        found.append(reduced("maxima", work.inter_batch))
+    found += [reduced("sums over negatives", numbers), gathered("embedding gradient", each, size, "reduce-scatter")]
+    if work.is_routed:
+        found.append(gathered("their gradient", routed, size, "all-to-all"))
+    if margin.needs_norm:
+        found.append(gathered("gradient of lengths", work.batch, size, "reduce-scatter"))
+    if OBJECTIVES.build(preset.objective, preset.hyper).initial_bias(preset.values(0.0), work.num_classes) is not None:
+        found.append(reduced("gradient of the bias", 1))
+    return found
 
 
 def seconds(

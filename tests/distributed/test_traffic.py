@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megaclass import loss
+from megaclass import config, loss
 from megaclass.classifier import ShardedClassifier
 from megaclass.objectives import presets
 from megaclass.parallel import collectives
 from megaclass.parallel.process import World
 from megaclass.parallel.shard import ClassShard
+from megaclass.plan import find, forecast
 from tests.support.cases import DIM, SAMPLINGS, Case
 from tests.support.spawn import spawn
 
@@ -227,3 +228,35 @@ def test_embeddings_travel_as_bfloat16_where_rows_are_and_gradients_never() -> N
                 ("_all_gather_single", BATCH * DIM * item_bytes),
                 ("_reduce_scatter_single", GLOBAL * DIM * 4),
             ]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("preset", sorted(presets.PRESETS))
+def test_the_planner_counts_what_is_sent(preset: str) -> None:
+    """Every collective of the class layer, in number and in elements, for every preset; a float64 number is 8 bytes."""
+    options: dict[str, Any] = {"preset": preset}
+    case = _case(preset, scale=None)
+    resolved = case.settings()
+    if resolved.sampling_rate is not None:
+        options["sampling_rate"] = resolved.sampling_rate
+    run = config.validate(
+        {
+            "dataset": {"reader": "synthetic", "synthetic": {"num_classes": 13}},
+            "backbone": {"name": "tiny", "dim": DIM, "batch_norm": "local"},
+            "classifier": options,
+            "train": {"steps": 1, "global_batch_size": GLOBAL, "precision": "float64"},
+        }
+    )
+    planned = forecast(run, 13, WORLD_SIZE, find("cpu")).collectives[:-2]
+    for sent in spawn(_record, WORLD_SIZE, case):
+        # A reduce-scatter is counted by what it gives, as an all-gather by what it takes.
+        counted = sorted(
+            (name.removesuffix(" of maxima"), count // WORLD_SIZE if name == "reduce-scatter" else count)
+            for name, count in sent
+        )
+        wanted = sorted((one.name, one.sent_bytes // 8) for one in planned)
+        if preset == "d-softmax-b":
+            # What goes to owners depends on the labels, and unequal parts of the batch are padded.
+            assert [name for name, _ in counted] == [name for name, _ in wanted]
+        else:
+            assert counted == wanted

@@ -179,7 +179,7 @@ def test_the_host_is_asked_for_room_too(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(
         refuse, "available_bytes", lambda device, local=None: (64 if device.type == "cpu" else 79) * gib
     )
-    with pytest.raises(ConfigError, match=r"row_memory host needs 102.80 GB of the host's memory for each of its ranks"):
+    with pytest.raises(ConfigError, match=r"row_memory host needs 102.80 GB of the host.s memory for each of its"):
         check_fits(configured(**HOSTED), 100_000_000, 1, torch.device("cuda"))
     with pytest.raises(ConfigError, match=r"classifier.row_memory host"):
         check_fits(configured(**{**HOSTED, "classifier": SMALLEST["classifier"]}), 100_000_000, 1, torch.device("cuda"))
