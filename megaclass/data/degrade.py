@@ -81,9 +81,7 @@ def _recoloured(picture: Image.Image, changes: Changes, place: int) -> Image.Ima
     return picture.convert("RGB", tuple(number for row in matrix.tolist() for number in (*row, offset)))
 
 
-def colour_map(
-    brightness: float, contrast: float, saturation: float, hue: float
-) -> tuple[NDArray[np.float64], float]:
+def colour_map(brightness: float, contrast: float, saturation: float, hue: float) -> tuple[NDArray[np.float64], float]:
     """[3, 3] and an offset: RGB from 0 to 255 → RGB, to be rounded and cut off once.
 
     Saturation is the factor of the distance from grey of the same luminance, hue a turn around the grey axis (1 is a

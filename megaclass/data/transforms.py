@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from megaclass.config import Augment
-from megaclass.data.batch import normalise
+from megaclass.data.batch import normalise as normalise
 from megaclass.data.changes import Changes, draw_changes
 from megaclass.data.degrade import degrade, degraded_places
 

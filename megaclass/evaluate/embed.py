@@ -101,7 +101,8 @@ def embed_split(
 def embed_images(backbone: nn.Module, images: Tensor, device: torch.device) -> Tensor:
     """Embeddings of one batch of images [batch, channels, height, width]: [batch, dim] float32, unit length, on CPU.
 
-    Images are normalised to [-1, 1] (`Batch.to`). Embeddings are inference tensors: to be read and joined, not changed in place.
+    Images are normalised to [-1, 1], as by `Batch.to`. Embeddings are inference tensors: to be read and joined, not
+    changed in place.
     """
     assert images.is_floating_point(), images.dtype
     # A float64 backbone does not take float32 images; one without parameters takes anything.
