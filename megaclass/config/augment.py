@@ -51,8 +51,8 @@ class Augment(Section):
         """What cannot be done to images of so many channels, in the words of the user's options."""
         given = [name for name in ("saturation", "hue", "grey") if getattr(self, name)]
         return [
-            f"dataset.augment.{name} {getattr(self, name)} changes colours, and with dataset.channels 1 there are none; "
-            "leave it out or use dataset.channels 3"
+            f"dataset.augment.{name} {getattr(self, name)} changes colours, and with dataset.channels 1 there are "
+            "none; leave it out or use dataset.channels 3"
             for name in given
             if channels == 1
         ]
