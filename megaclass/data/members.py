@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from megaclass.data.bad_samples import BadSample
 from megaclass.errors import DataError
@@ -108,6 +109,41 @@ def check_shard(path: Path, num_samples: int) -> None:
             f"shard {path} holds {len(keys)} samples{' (the last without a label)' if open_key is not None else ''} "
             f"but dataset.json says {num_samples}; run `megaclass data verify {path.parent}`"
         )
+
+
+def read_samples(file: BinaryIO) -> Iterator[tuple[str, str, bytes, bytes]]:
+    """Key, extension, image and label of each sample of a shard, from front to back, as long as they follow each other.
+
+    For a shard that `check_shard` has passed: what is not expected there ends the iteration, and the caller counts.
+
+    Raises:
+        ValueError, EOFError: a header that is none, or a file that ends in a member: it has changed since.
+    """
+    while True:
+        image = _read_member(file)
+        label = None if image is None else _read_member(file)
+        if image is None or label is None:
+            return
+        (name, data), (label_name, label_data) = image, label
+        key, extension = _split_name(name)
+        if extension not in IMAGE_EXTENSIONS or label_name != f"{key}.label":
+            return
+        yield key, extension, data, label_data
+
+
+def _read_member(file: BinaryIO) -> tuple[str, bytes] | None:
+    """Name and content of the member that starts here; None at the zeros that end a shard, or at its end."""
+    header = file.read(_BLOCK)
+    if not header.strip(b"\0"):
+        return None
+    try:
+        name, size = _parse_header(header, 0)
+    except BadSample as bad:
+        raise ValueError(bad.detail) from None
+    data = file.read(_padded_end(0, size) - _BLOCK)
+    if len(data) < size:
+        raise EOFError(f"member {name!r:.120} ends after {len(data)} of {size} bytes")
+    return name, data[:size]
 
 
 def _walk(path: Path) -> Iterator[tuple[int, str]]:
