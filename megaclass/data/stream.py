@@ -1,4 +1,4 @@
-"""Reading shards from front to back through the webdataset library, for storage that is slow at random access.
+"""Reading shards from front to back, shuffled by the webdataset library, for storage that is slow at random access.
 
 Separate because it promises less than the default reader: shards are dealt to ranks and shuffled through a small
 buffer, so ranks come to the end of an epoch at different times, and `seek` is exact only to the shard: it starts again
@@ -8,9 +8,8 @@ uninterrupted rank reads each sample of its shards once in each of its epochs, n
 epoch, and a shard that does not hold exactly the samples of its manifest ends the run.
 
 Each shard is opened, checked and taken apart by us, and webdataset only shuffles: its reading stops at a broken header
-without a word, takes several times as long, splits the list again inside DataLoader workers, and runs commands
-given as `pipe:`. Here
-shards are local files of the manifest, read in the trainer's process; workers only decode.
+without a word, takes several times as long, splits the list again inside DataLoader workers, and runs commands given as
+`pipe:`. Here shards are local files of the manifest, read in the trainer's process; workers only decode.
 """
 
 from __future__ import annotations
