@@ -29,7 +29,8 @@ def run(function: Callable[..., Any], world_size: int, *args: Any, seconds: floa
     has_all = False
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(rank, world_size, port, function, args, sender), daemon=True)
+        # Not a daemon: those may have no children, and a rank's reader may have workers. None outlives `finally`.
+        process = context.Process(target=_rank, args=(rank, world_size, port, function, args, sender))
         with _one_thread():
             process.start()
         sender.close()

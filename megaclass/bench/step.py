@@ -101,7 +101,7 @@ def bottleneck(report: dict[str, Any]) -> str:
     share = report["data_wait_share"]
     if share > 0.1:
         return (
-            f"a step waits for data {share:.0%} of its time: the data is the bottleneck; raise dataset.num_workers, or "
+            f"a step waits for data {share:.0%} of its time: the data is the bottleneck; raise dataset.workers, or "
             "store smaller images"
         )
     return f"a step waits for data {share:.0%} of its time: the model is the bottleneck"

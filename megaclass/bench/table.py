@@ -72,5 +72,32 @@ def show_step(report: dict[str, Any]) -> None:
     print("\n".join([*lines, f"memory             {_mebibytes(report['peak_bytes']):>13}"]))
 
 
+def show_data(reports: Sequence[dict[str, Any]], missing: dict[str, str], verdict: dict[str, Any]) -> None:
+    """Print what each way to the images gave, who was left out for what reason, and what holds the run back."""
+    console = Console(width=None if Console().is_terminal else 140)
+    table = Table(box=None, pad_edge=False)
+    for name in ("source", "images/s", "20-80 %", "of decoding", "20-80 %", "cpu us/image", "cores", "memory"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for report in reports:
+        speed, share = report["images_per_second"], report.get("share_of_decoding")
+        table.add_row(
+            report["impl"],
+            f"{speed['p50']:,.0f}",
+            f"{speed['p20']:,.0f}-{speed['p80']:,.0f}",
+            *(("", "") if share is None else (f"{share['p50']:.2f}", f"{share['p20']:.2f}-{share['p80']:.2f}")),
+            f"{report['cpu_us_per_image']:.1f}",
+            f"{report['cores']:.2f}",
+            _mebibytes(report["resident_bytes"]),
+        )
+    console.print(table)
+    for name, reason in missing.items():
+        console.print(f"left out: {name} ({reason})", highlight=False)
+    if "growth_bytes_per_1000_images" in verdict:
+        print(
+            f"memory of the run's reader grows by {verdict['growth_bytes_per_1000_images']:,.0f} bytes in 1,000 images"
+        )
+    print(verdict["bottleneck"])
+
+
 def _mebibytes(number: int | None) -> str:
     return "" if number is None else f"{number / 2**20:,.0f} MiB"

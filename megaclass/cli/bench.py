@@ -1,4 +1,4 @@
-"""The commands that measure the class layer and its parts."""
+"""The commands that measure the class layer, its parts, whole steps and the readers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megaclass.errors import ConfigError
 def add_to(commands: Any) -> None:
     """Make the commands known to the parser."""
     bench = command(
-        commands, "bench", lambda _: 2, "measure the class layer and its parts, beside others and the floor"
+        commands, "bench", lambda _: 2, "measure the class layer, steps and readers, beside others and the floor"
     )
     kinds = bench.add_subparsers(title="commands", required=True, metavar="COMMAND")
     head = command(kinds, "head", _head, "a step of the class layer: draw, gather, loss, backward, update of the rows")
@@ -40,6 +40,16 @@ def add_to(commands: Any) -> None:
     step = command(kinds, "step", _step, "whole training steps of a configuration", takes_options=True)
     step.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; --section.key value as in train")
     step.add_argument("--nproc", type=int, default=1, help="ranks on this machine")
+    data = command(kinds, "data", _data, "the readers on a configuration's own data, and its model", takes_options=True)
+    data.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; --section.key value as in train")
+    data.add_argument("--nproc", type=int, default=1, help="ranks on this machine, all reading at once")
+    data.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="of each reader, beside the config's")
+    data.add_argument("--seconds", type=float, default=1.0, help="of each turn of each row")
+    data.add_argument("--repeats", type=int, default=5, help="turns of each row, after one for warming up")
+    data.add_argument(
+        "--memory-samples", type=int, default=0, metavar="N", help="read on for N images to see whether memory grows"
+    )
+    data.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     for made in (head, scaling):
         made.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures; .svg, .png or .pdf")
     for made in (head, scaling, sampler, optimizer, step):
@@ -135,6 +145,25 @@ def _step(known: argparse.Namespace, rest: list[str]) -> int:
     print(step.bottleneck(report))
     if known.json is not None:
         known.json.write_text(json.dumps(head.document([report]), indent=1) + "\n")
+    return 0
+
+
+def _data(known: argparse.Namespace, rest: list[str]) -> int:
+    from megaclass import config
+    from megaclass.bench import data, head, table
+
+    for name, value, least in (
+        ("--nproc", known.nproc, 1), ("--repeats", known.repeats, 1), ("--workers", min(known.workers), 0),
+        ("--seconds", known.seconds, 0), ("--memory-samples", known.memory_samples, 0),
+    ):  # fmt: skip
+        if value < least:
+            raise ConfigError(f"{name} {value}: at least {least} is needed")
+    reports, missing, verdict = data.compare(
+        config.load(known.config, rest), known.nproc, known.repeats, known.seconds, known.workers, known.memory_samples
+    )
+    table.show_data(reports, missing, verdict)
+    if known.json is not None:
+        known.json.write_text(json.dumps(head.document(reports) | {"verdict": verdict}, indent=1) + "\n")
     return 0
 
 

@@ -3,9 +3,9 @@
 Imports nothing heavy, so that a wrong option is reported in well under two seconds.
 """
 
+from megaclass.config.augment import Augment
 from megaclass.config.file import load, option_table, validate
 from megaclass.config.models import (
-    Augment,
     Backbone,
     Classifier,
     Config,
@@ -16,10 +16,10 @@ from megaclass.config.models import (
     Optim,
     Run,
     Schedule,
-    Section,
     Synthetic,
     Train,
 )
+from megaclass.config.section import Section
 
 __all__ = [
     "Augment",

@@ -10,25 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-
-class Section(BaseModel):
-    """A frozen group of options; unknown keys are errors, and numbers must be finite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Augment(Section):
-    """Random changes of a training image; each is drawn from (seed, epoch, sample id) and nothing else."""
-
-    flip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
-    shift: float = Field(0.0, ge=0, le=0.5, description="largest shift, as a share of the image side")
-    scale: float = Field(0.0, ge=0, lt=1, description="largest relative change of size, up or down")
-    rotation: float = Field(0.0, ge=0, le=180, description="largest rotation, degrees, either way")
-    shear: float = Field(0.0, ge=0, le=60, description="largest shear, degrees, either way")
-    erase: float = Field(0.0, ge=0, le=1, description="probability of erasing one random rectangle")
+from megaclass.config.augment import Augment
+from megaclass.config.section import Section
 
 
 class Synthetic(Section):
@@ -298,7 +284,7 @@ class Config(Section):
             )
         if any(not 0 <= beta < 1 for beta in self.optim.betas):
             faults.append(f"optim.betas {self.optim.betas}: each must lie in [0, 1)")
-        faults += self._row_faults()
+        faults += self.dataset.augment.channel_faults(self.dataset.channels) + self._row_faults()
         wanted = self.evaluate.best_metric.split(".")[0].replace("_", "-")
         if self.evaluate.every is not None and wanted not in self.evaluate.protocols:
             faults.append(

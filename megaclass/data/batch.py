@@ -6,7 +6,7 @@ Separate from the readers because the training loop and the evaluation know only
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -29,7 +29,9 @@ class Batch:
     """One rank's part of a global batch.
 
     Attributes:
-        images: [batch, channels, height, width] float32 in [-1, 1].
+        images: [batch, channels, height, width], uint8 in any layout, or float32 in [-1, 1] where augmentation left no
+            whole numbers. `to` makes float32 of both: eight bits are a quarter of what has to be moved between
+            processes and to a GPU, which can do this on the side.
         labels: [batch] int64 global class ids.
         ids: [batch] int64 sample ids: positions in the split's manifest order, independent of ranks.
         position: samples consumed after this batch, over all ranks; a reader that seeks to it continues with the
@@ -44,9 +46,21 @@ class Batch:
     skipped: tuple[SkippedSample, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`, copied asynchronously from pinned memory where possible."""
-        move = {name: getattr(self, name).to(device, non_blocking=True) for name in ("images", "labels")}
-        return Batch(**move, ids=self.ids, position=self.position, skipped=self.skipped)
+        """The same batch with its tensors on `device` and its images as contiguous float32 in [-1, 1].
+
+        Copied asynchronously from pinned memory where possible, and normalised there.
+        """
+        images = self.images.to(device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = normalise(images)
+        return replace(self, images=images, labels=self.labels.to(device, non_blocking=True))
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 [...] as contiguous float32 in [-1, 1]: x / 127.5 - 1."""
+    divided = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    # A tensor on the device: by a number of Python's, a GPU multiplies with the rounded 1 / 127.5 instead.
+    return divided.div_(torch.full((), 127.5, device=pixels.device)).sub_(1.0)
 
 
 class Reader(Protocol):

@@ -46,11 +46,16 @@ def hash_counters(seed: int, stream: Stream, *counters: ArrayLike) -> NDArray[np
         uint64, of the broadcast shape of the counters (a 0-dimensional array for scalars).
     """
     state = np.asarray(seed, np.uint64)
+    for counter in (int(stream), *counters):
+        state = absorb(state, counter)
+    return state
+
+
+def absorb(state: NDArray[np.uint64], counter: ArrayLike) -> NDArray[np.uint64]:
+    """What `hash_counters` returns with one counter more, from what it returned: for many that begin alike."""
     # Wrapping around is what the hash means; numpy warns about it for scalars only.
     with np.errstate(over="ignore"):
-        for counter in (int(stream), *counters):
-            state = _mix(state + (np.asarray(counter).astype(np.uint64) + np.uint64(1)) * _GOLDEN)
-    return np.asarray(state)
+        return np.asarray(_mix(state + (np.asarray(counter).astype(np.uint64) + np.uint64(1)) * _GOLDEN))
 
 
 def uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:

@@ -23,34 +23,48 @@ _PNG_SIZE = struct.Struct(">IIB")
 
 
 def decode_image(data: bytes, extension: str, image_size: int, channels: int) -> NDArray[np.uint8]:
-    """The image as uint8 [image_size, image_size, channels], resized with antialiasing where its size differs.
+    """The image as uint8 [image_size, image_size, channels]; arguments and errors as of `decode_into`."""
+    image = np.empty((image_size, image_size, channels), np.uint8)
+    decode_into(data, extension, image)
+    return image
+
+
+def decode_into(data: bytes, extension: str, target: NDArray[np.uint8]) -> None:
+    """Write the image to `target`, resized with antialiasing where its size differs.
 
     Args:
         data: a PNG or baseline/progressive JPEG file, untrusted.
         extension: `png` or `jpg`; the content must be of that kind.
-        image_size: pixels a side of the result; the aspect ratio is not kept.
-        channels: 1 for luminance, 3 for RGB.
+        target: [image_size, image_size, channels] uint8, contiguous; one channel for luminance, three for RGB. The
+            aspect ratio is not kept. A JPEG of this size is decoded straight into it.
 
     Raises:
         BadSample: `image-too-large` above 50 million pixels, `unsupported-image` for what has no single meaning in 8
-            bits of grey or RGB, `bad-image` for anything that does not decode completely.
+            bits of grey or RGB, `bad-image` for anything that does not decode completely. What `target` then holds is
+            undefined.
     """
-    image = _decode_png(data, channels) if extension == "png" else _decode_jpeg(data, channels)
-    if image.shape[:2] != (image_size, image_size):
-        picture = Image.fromarray(image).resize((image_size, image_size), Image.Resampling.BILINEAR)
-        image = np.asarray(picture)
-    return image.reshape(image_size, image_size, channels)
+    height, width, channels = target.shape
+    image = _decode_png(data, channels) if extension == "png" else _decode_jpeg(data, target)
+    if image is target:
+        return
+    if image.shape[:2] != (height, width):
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    target[...] = image.reshape(target.shape)
 
 
-def _decode_jpeg(data: bytes, channels: int) -> NDArray[np.uint8]:
+def _decode_jpeg(data: bytes, target: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`target` itself where the image has its size; else uint8 [height, width] or [height, width, 3]."""
+    channels = target.shape[2]
+    wanted = "GRAY" if channels == 1 else "RGB"
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(width, height)
         if colorspace not in ("YCbCr", "RGB", "Gray"):
             raise BadSample("unsupported-image", f"JPEG in {colorspace}; only grey and RGB have one meaning")
-        pixels = simplejpeg.decode_jpeg(
-            data, colorspace="GRAY" if channels == 1 else "RGB", fastdct=True, fastupsample=True
-        )
+        if (height, width) == target.shape[:2]:
+            simplejpeg.decode_jpeg(data, wanted, fastdct=True, fastupsample=True, buffer=target)
+            return target
+        pixels = simplejpeg.decode_jpeg(data, wanted, fastdct=True, fastupsample=True)
     except ValueError as error:
         raise BadSample("bad-image", f"JPEG does not decode: {_line(error)}") from None
     return pixels[:, :, 0] if channels == 1 else pixels

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megaclass.data.counter import Stream, hash_counters
+from megaclass.data.counter import Stream, absorb, hash_counters
 
 _ROUNDS = 8
 # Of the order of classes: no option, so that N classes of a split are the same N in every run.
@@ -55,9 +55,11 @@ class SampleOrder:
             return offsets
         result = offsets.astype(np.uint64)
         keys = hash_counters(self.seed, self.stream, epochs)
+        # Of each round and position, all of the hash but its last counter: the same however far a position walks.
+        states = np.stack([hash_counters(number, Stream.ORDER, keys) for number in range(_ROUNDS)])
         walking = np.arange(len(result))
         while len(walking):
-            values = self._feistel(result[walking], keys[walking])
+            values = self._feistel(result[walking], states[:, walking])
             result[walking] = values
             walking = walking[values >= self.num_samples]
         return result.astype(np.int64)
@@ -66,18 +68,18 @@ class SampleOrder:
         """The epoch [n] int64 each position lies in, from 0."""
         return np.asarray(positions, np.int64) // self.num_samples
 
-    def _feistel(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    def _feistel(self, values: NDArray[np.uint64], states: NDArray[np.uint64]) -> NDArray[np.uint64]:
         bits = max((self.num_samples - 1).bit_length(), _MIN_BITS)
         low_bits = np.uint64((bits + 1) // 2)
         low_mask = np.uint64((1 << int(low_bits)) - 1)
         high_mask = np.uint64((1 << (bits - int(low_bits))) - 1)
         high, low = values >> low_bits, values & low_mask
         # The halves may differ by a bit, so they are changed in turn instead of swapped; each round undoes itself.
-        for number in range(_ROUNDS):
+        for number, state in enumerate(states):
             if number % 2:
-                low = low ^ (hash_counters(number, Stream.ORDER, keys, high) & low_mask)
+                low = low ^ (absorb(state, high) & low_mask)
             else:
-                high = high ^ (hash_counters(number, Stream.ORDER, keys, low) & high_mask)
+                high = high ^ (absorb(state, low) & high_mask)
         return (high << low_bits) | low
 
 

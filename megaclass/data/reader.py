@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from megaclass.data.bad_samples import SkipBudget
 from megaclass.data.batch import Batch
@@ -131,7 +132,16 @@ class _Calls(Dataset[Any]):
             batch = self._make(item)
         except UserError as error:
             return error
-        return (batch.images, batch.labels, batch.ids), batch.position, batch.skipped
+        images = batch.images if get_worker_info() is None else _shared(batch.images)
+        return (images, batch.labels, batch.ids), batch.position, batch.skipped
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """A copy in memory that processes share, of the same layout; half the time of `share_memory_` on a large tensor."""
+    assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a view would take its holes along"
+    storage = torch.UntypedStorage._new_shared(tensor.nbytes)
+    shared = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+    return shared.copy_(tensor)
 
 
 def _as_is(result: Any) -> Any:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from megaclass.data.bad_samples import BadSample
 from megaclass.data.batch import Batch
-from megaclass.data.decode import decode_image
+from megaclass.data.decode import decode_into
 from megaclass.data.manifest import SplitInfo, load_index, load_manifest, load_split
 from megaclass.data.members import SampleMembers, check_label, parse_sample
 from megaclass.data.order import first_classes
@@ -82,14 +82,14 @@ class StoredSamples:
             images [n, image_size, image_size, channels] uint8; labels [n] int64; and what went wrong, by place in
             `sample_ids`. Images and labels of bad samples are zeros.
         """
-        images = np.zeros((len(sample_ids), self._image_size, self._image_size, self._channels), np.uint8)
+        images = np.empty((len(sample_ids), self._image_size, self._image_size, self._channels), np.uint8)
         labels = np.zeros(len(sample_ids), np.int64)
         bad = {}
         for place, sample_id in enumerate(sample_ids.tolist()):
             try:
-                images[place], labels[place] = self._read_one(sample_id)
+                labels[place] = self._read_one(sample_id, images[place])
             except BadSample as error:
-                bad[place] = error
+                images[place], bad[place] = 0, error
         return images, labels, bad
 
     @property
@@ -132,14 +132,15 @@ class StoredSamples:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _read_one(self, sample_id: int) -> tuple[NDArray[np.uint8], int]:
+    def _read_one(self, sample_id: int, target: NDArray[np.uint8]) -> int:
+        """Decode a sample into `target`; returns its label."""
         sample, where = self._read_members(sample_id)
         try:
             check_label(sample.label, int(self._records[sample_id]["label"]), self._num_stored_classes)
-            image = decode_image(sample.image, sample.extension, self._image_size, self._channels)
+            decode_into(sample.image, sample.extension, target)
         except BadSample as error:
             raise error.located(where) from None
-        return image, int(self._new_labels[sample.label])
+        return int(self._new_labels[sample.label])
 
     def _read_members(self, sample_id: int) -> tuple[SampleMembers, str]:
         """The members of a sample, and where they lie, in words."""

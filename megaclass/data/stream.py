@@ -1,4 +1,4 @@
-"""Reading shards from front to back through the webdataset library, for storage that is slow at random access.
+"""Reading shards from front to back, shuffled by the webdataset library, for storage that is slow at random access.
 
 Separate because it promises less than the default reader: shards are dealt to ranks and shuffled through a small
 buffer, so ranks come to the end of an epoch at different times, and `seek` is exact only to the shard: it starts again
@@ -7,9 +7,9 @@ A position means the same at the same world size only. What it does promise: eve
 uninterrupted rank reads each sample of its shards once in each of its epochs, no shard is read by two ranks in an
 epoch, and a shard that does not hold exactly the samples of its manifest ends the run.
 
-Each shard is opened by us and checked before the library sees it: webdataset would read a shard with a broken header
-to that point without a word, split the list again inside DataLoader workers, and run commands given as `pipe:`. Here
-shards are local files of the manifest, read in the trainer's process; workers only decode.
+Each shard is opened, checked and taken apart by us, and webdataset only shuffles: its reading stops at a broken header
+without a word, takes several times as long, splits the list again inside DataLoader workers, and runs commands given as
+`pipe:`. Here shards are local files of the manifest, read in the trainer's process; workers only decode.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ import numpy as np
 import torch
 import webdataset
 from numpy.typing import NDArray
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from megaclass.config import Augment
 from megaclass.data.bad_samples import BadSample, SkipBudget
 from megaclass.data.batch import Batch, SkippedSample
 from megaclass.data.counter import Stream, hash_counters
-from megaclass.data.decode import decode_image
+from megaclass.data.decode import decode_into
 from megaclass.data.manifest import SplitInfo, load_index, load_manifest, load_split
-from megaclass.data.members import IMAGE_EXTENSIONS, check_label, check_shard, parse_label
+from megaclass.data.members import check_label, check_shard, parse_label, read_samples
 from megaclass.data.reader import BatchReader, check_enough_samples
 from megaclass.data.samples import check_shard_files
 from megaclass.data.transforms import transform
@@ -133,22 +132,18 @@ class ShardStream:
         number = 0
         try:
             with path.open("rb") as stream:
-                source = [{"url": str(path), "stream": stream}]
-                for sample in group_by_keys(tar_file_expander(source)):
-                    extension = next((name for name in IMAGE_EXTENSIONS if name in sample), "")
-                    if not extension or "label" not in sample or number == info.num_samples:
-                        break
+                for key, extension, image, label in islice(read_samples(stream), info.num_samples):
                     yield RawSample(
                         sample_id=int(self._first_ids[shard]) + number,
                         epoch=epoch,
-                        where=f"shard {path}, key {sample['__key__']!r:.120}",
+                        where=f"shard {path}, key {key!r:.120}",
                         extension=extension,
-                        image=sample[extension],
-                        label=sample["label"],
+                        image=image,
+                        label=label,
                         index_label=index_labels[number],
                     )
                     number += 1
-        # What the library and `tarfile` raise for a file that changed since it was checked.
+        # What a file that changed since it was checked raises.
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"shard {path} cannot be read: {' '.join(str(error).split())[:300]}") from None
         if number != info.num_samples:
@@ -177,11 +172,11 @@ class RawBatchDecoder:
     def make(self, raw: RawBatch) -> Batch:
         """Decode, check and augment; `DataError` for a bad sample under `stop`, or a batch with no good one."""
         size = len(raw.samples)
-        images = np.zeros((size, self.image_size, self.image_size, self.channels), np.uint8)
+        images = np.empty((size, self.image_size, self.image_size, self.channels), np.uint8)
         labels, good, skipped = np.zeros(size, np.int64), [], []
         for place, sample in enumerate(raw.samples):
             try:
-                images[place], labels[place] = self._decode(sample)
+                labels[place] = self._decode(sample, images[place])
                 good.append(place)
             except BadSample as error:
                 located = error.located(sample.where)
@@ -196,16 +191,19 @@ class RawBatchDecoder:
         bad = np.setdiff1d(source, good)
         picks = hash_counters(self.seed, Stream.SUBSTITUTE, raw.position, bad) % np.uint64(len(good))
         source[bad] = np.array(good)[picks.astype(np.int64)]
+        images[bad] = images[source[bad]]
         ids = np.array([sample.sample_id for sample in raw.samples])[source]
         epochs = np.array([sample.epoch for sample in raw.samples])[source]
-        pixels = transform(images[source], ids, epochs, self.seed, self.augment)
+        pixels = transform(images, ids, epochs, self.seed, self.augment)
         end = raw.position + size * self.world_size
         return Batch(pixels, torch.from_numpy(labels[source]), torch.from_numpy(ids), end, tuple(skipped))
 
-    def _decode(self, sample: RawSample) -> tuple[NDArray[np.uint8], int]:
+    def _decode(self, sample: RawSample, target: NDArray[np.uint8]) -> int:
+        """Decode a sample into `target`; returns its label."""
         label = parse_label(sample.label)
         check_label(label, sample.index_label, self.num_classes)
-        return decode_image(sample.image, sample.extension, self.image_size, self.channels), label
+        decode_into(sample.image, sample.extension, target)
+        return label
 
 
 class StreamReader(BatchReader):

@@ -1,9 +1,17 @@
-"""Augmentation and normalisation of a batch: uint8 images in, float32 in [-1, 1] out.
+"""Augmentation of a batch of eight-bit images.
 
-Separate because this is the only place that changes what an image shows. Every random number is a pure function of
-(seed, epoch, sample id): an image comes out the same to the bit in whatever batch, on whatever rank and in whatever
-worker it is read. That is also why the sampling grid is built from plain element-wise operations instead of
-`affine_grid`, whose matrix product may round differently with the batch size.
+Separate because this is the only place that changes what an image shows. What is done to an image is drawn in
+`changes.py`, a pure function of (seed, epoch, sample id), and done here in one order:
+
+1. colour and grey, blur, low resolution, JPEG compression (`degrade.py`): what camera and web do to an image; whole
+   numbers after each;
+2. flip, exactly;
+3. crop, scale, shear, rotation and shift: one bilinear resampling;
+4. erasing.
+
+An image comes out the same to the bit in whatever batch, on whatever rank and in whatever worker it is read. That is
+also why the sampling grid is built from plain element-wise operations instead of `affine_grid`, whose matrix product
+may round differently with the batch size.
 """
 
 from __future__ import annotations
@@ -15,90 +23,78 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from megaclass.config import Augment
-from megaclass.data.counter import Stream, hash_counters, uniform
-
-# Numbers drawn for a sample, in this order; the order is part of what a seed means.
-_FLIP, _SHIFT_X, _SHIFT_Y, _SCALE, _ROTATION, _SHEAR = range(6)
-_ERASE, _ERASE_WIDTH, _ERASE_HEIGHT, _ERASE_X, _ERASE_Y = range(6, 11)
-_NUM_DRAWS = 11
-# Sides of an erased rectangle as shares of the image side.
-_ERASE_SIDES = (0.125, 0.5)
+from megaclass.data.batch import normalise as normalise
+from megaclass.data.changes import Changes, draw_changes
+from megaclass.data.degrade import degrade, degraded_places
 
 
 def transform(
     images: NDArray[np.uint8], sample_ids: NDArray[np.int64], epochs: NDArray[np.int64], seed: int, augment: Augment
 ) -> Tensor:
-    """Flip, resample once with shift, scale, rotation and shear, erase, and normalise a batch.
+    """The images of a `Batch`: changed as `augment` says, and normalised only where they are no whole numbers any more.
 
     Args:
-        images: [batch, size, size, channels] uint8.
+        images: [batch, size, size, channels] uint8, not written to.
         sample_ids: [batch] ids in the split.
         epochs: [batch]; with the ids and the seed all that the random numbers depend on.
         seed: of the run.
-        augment: how strong each change is; all zero gives plain normalisation.
+        augment: how strong each change is; all zero changes nothing.
 
     Returns:
-        [batch, channels, size, size] float32 in [-1, 1]; bilinear, with the border repeated outside the image. Erased
+        [batch, channels, size, size]. uint8 in the layout of `images` (channels last), or, where `augment` can resample
+        or erase, contiguous float32 in [-1, 1]: bilinear, with the border repeated outside the image; erased
         rectangles are 0, a medium grey.
 
     Source: erasing after Zhong, Zheng, Kang, Li, Yang, *Random erasing data augmentation*, AAAI 2020, with sides drawn
-        independently between 1/8 and 1/2 of the image side.
+        independently between 1/8 and 1/2 of the image side. Crop after Szegedy et al., *Going deeper with
+        convolutions*, CVPR 2015: area and aspect ratio drawn from ranges.
     """
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     if augment == Augment():
-        return normalise(pixels)
-    counters = (np.asarray(epochs)[:, None], np.asarray(sample_ids)[:, None], np.arange(_NUM_DRAWS))
-    draws = uniform(hash_counters(seed, Stream.AUGMENT, *counters))
-    if augment.flip:
-        mirrored = torch.from_numpy(draws[:, _FLIP] < augment.flip)
-        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+        return pixels
+    changes = draw_changes(sample_ids, epochs, seed, augment, images.shape[1])
+    places = degraded_places(changes)
+    mirrored = np.flatnonzero(changes.is_mirrored).tolist()
+    if places or mirrored:
+        images = images.copy()
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    for place in places:
+        images[place] = degrade(images[place], changes, place)
+    for place in mirrored:
+        # A batch of one: only in this layout is torch's flip a fast one.
+        pixels[place : place + 1] = pixels[place : place + 1].flip(-1)
+    return _resampled_and_erased(pixels, changes) if _is_fractional(augment) else pixels
+
+
+def _is_fractional(augment: Augment) -> bool:
+    """Whether images come out as fractions; by the options alone, so that all batches of a run are of one type."""
+    return any((augment.crop, augment.shift, augment.scale, augment.rotation, augment.shear, augment.erase))
+
+
+def _resampled_and_erased(pixels: Tensor, changes: Changes) -> Tensor:
     result = normalise(pixels)
-    if augment.shift or augment.scale or augment.rotation or augment.shear:
-        grid = _sampling_grid(draws, augment, result.shape[-1])
-        result = grid_sample(result, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    if augment.erase:
-        result = result.masked_fill(_erased(draws, augment.erase, result.shape[-1])[:, None], 0.0)
+    places = torch.from_numpy(np.flatnonzero(changes.is_resampled))
+    if len(places):
+        chosen = result if len(places) == len(result) else result[places]
+        grid = _sampling_grid(changes.resampling[changes.is_resampled], result.shape[-1])
+        moved = grid_sample(chosen, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        if len(places) == len(result):
+            result = moved
+        else:
+            result[places] = moved
+    for place in np.flatnonzero(changes.erased[:, 2]).tolist():
+        row, column, height, width = changes.erased[place].tolist()
+        result[place, :, row : row + height, column : column + width] = 0.0
     return result
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 [...] as contiguous float32 in [-1, 1]: x / 127.5 - 1."""
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
-
-
-def _sampling_grid(draws: NDArray[np.float64], augment: Augment, size: int) -> Tensor:
-    """[batch, size, size, 2]: where each output pixel is read, in [-1, 1] coordinates of the input.
-
-    Output coordinates are divided by the scale, sheared, rotated and shifted.
-    """
-    signed = 2.0 * draws - 1.0
-    # The exponent is drawn evenly, so that growing and shrinking are equally likely.
-    shrink = np.exp(-signed[:, _SCALE] * np.log1p(augment.scale))
-    angle = np.deg2rad(augment.rotation * signed[:, _ROTATION])
-    slant = np.tan(np.deg2rad(augment.shear * signed[:, _SHEAR]))
-    cosine, sine = np.cos(angle) * shrink, np.sin(angle) * shrink
-    # Rotation times shear [[1, slant], [0, 1]]; a shift of the whole side is 2 in these coordinates.
-    x_row = (cosine, cosine * slant - sine, 2.0 * augment.shift * signed[:, _SHIFT_X])
-    y_row = (sine, sine * slant + cosine, 2.0 * augment.shift * signed[:, _SHIFT_Y])
+def _sampling_grid(resampling: NDArray[np.float32], size: int) -> Tensor:
+    """[batch, size, size, 2]: where each output pixel is read, in [-1, 1] coordinates of the input; see `Changes`."""
     centres = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1
     across, down = centres[None, None, :], centres[None, :, None]
-    grid = torch.empty(len(draws), size, size, 2)
-    for axis, row in enumerate((x_row, y_row)):
-        by_x, by_y, offset = (torch.from_numpy(part.astype(np.float32))[:, None, None] for part in row)
+    grid = torch.empty(len(resampling), size, size, 2)
+    rows = torch.from_numpy(resampling)
+    for axis in range(2):
+        by_x, by_y, offset = (rows[:, axis, column, None, None] for column in range(3))
         torch.add(across * by_x, down * by_y + offset, out=grid[..., axis])
     return grid
-
-
-def _erased(draws: NDArray[np.float64], probability: float, size: int) -> Tensor:
-    """[batch, size, size] bool: the rectangle of each image that is erased."""
-    shortest, longest = _ERASE_SIDES
-    pixels = np.arange(size)
-
-    def covered(side: int, start: int) -> NDArray[np.bool_]:
-        length = np.maximum(1, np.round(size * (shortest + (longest - shortest) * draws[:, side]))).astype(np.int64)
-        first = np.floor(draws[:, start] * (size - length + 1)).astype(np.int64)
-        return (pixels >= first[:, None]) & (pixels < (first + length)[:, None])
-
-    columns, rows = covered(_ERASE_WIDTH, _ERASE_X), covered(_ERASE_HEIGHT, _ERASE_Y)
-    rows &= (draws[:, _ERASE] < probability)[:, None]
-    return torch.from_numpy(rows[:, :, None] & columns[:, None, :])

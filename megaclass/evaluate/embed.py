@@ -101,8 +101,10 @@ def embed_split(
 def embed_images(backbone: nn.Module, images: Tensor, device: torch.device) -> Tensor:
     """Embeddings of one batch of images [batch, channels, height, width]: [batch, dim] float32, unit length, on CPU.
 
-    They are inference tensors: to be read and joined, not changed in place.
+    Images are normalised to [-1, 1], as by `Batch.to`. Embeddings are inference tensors: to be read and joined, not
+    changed in place.
     """
+    assert images.is_floating_point(), images.dtype
     # A float64 backbone does not take float32 images; one without parameters takes anything.
     dtype = next((parameter.dtype for parameter in backbone.parameters()), torch.float32)
     with torch.inference_mode():

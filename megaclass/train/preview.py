@@ -39,7 +39,8 @@ def contact_sheet(config: Config, count: int) -> Image.Image:
         draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(9)
         number = 0
         for batch in reader:
-            for pixels, label, sample in zip(batch.images, batch.labels.tolist(), batch.ids.tolist(), strict=True):
+            images = batch.to(torch.device("cpu")).images
+            for pixels, label, sample in zip(images, batch.labels.tolist(), batch.ids.tolist(), strict=True):
                 if number == count:
                     return sheet
                 left, top = number % columns * width + _GAP, number // columns * height + _GAP

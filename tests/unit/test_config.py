@@ -73,6 +73,23 @@ def test_overrides_in_both_spellings(tmp_path: Path) -> None:
     assert made.dataset.augment.flip == 0.5
 
 
+def test_mistakes_in_augmentation(tmp_path: Path) -> None:
+    wrong = ("--dataset.augment.crop-area", "[0.5, 1.5]", "--dataset.augment.crop-aspect", "[2, 1]")
+    assert faults(tmp_path, GOOD, *wrong, "--dataset.augment.blurr", "1") == [
+        "dataset.augment.crop_area: [0.5, 1.5] is not allowed: no more than the whole image can be cut out; end with "
+        "at most 1",
+        "dataset.augment.crop_aspect: [2, 1] is not allowed: two positive numbers are needed, the smaller one first",
+        "unknown option dataset.augment.blurr; did you mean dataset.augment.blur?",
+    ]
+    colours = ("--dataset.augment.saturation", "0.2", "--dataset.augment.hue", "0.1", "--dataset.augment.grey", "0.5")
+    assert faults(tmp_path, GOOD, "--dataset.channels", "1", "--dataset.augment.contrast", "0.5", *colours) == [
+        f"dataset.augment.{name} changes colours, and with dataset.channels 1 there are none; leave it out or use "
+        "dataset.channels 3"
+        for name in ("saturation 0.2", "hue 0.1", "grey 0.5")
+    ]
+    assert load(tmp_path, GOOD, "--dataset.channels", "3", *colours).dataset.augment.hue == 0.1
+
+
 COURSE = "{shape: step, points: [[0, 16], [0.75, 4]]}"
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import tarfile
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaclass.data.bad_samples import BadSample
-from megaclass.data.members import check_label, check_shard, parse_label, parse_sample
+from megaclass.data.members import check_label, check_shard, parse_label, parse_sample, read_samples
 from megaclass.errors import DataError
 from tests.support.tiny_dataset import tar_member
 
@@ -137,3 +138,27 @@ def test_every_truncation_and_negative_size_ends_at_once(tmp_path: Path) -> None
     with pytest.raises(DataError, match="not an octal number"):
         check_shard(path, 1)
     assert time.monotonic() - started < 10
+
+
+def test_samples_one_after_the_other_are_those_of_the_index() -> None:
+    other = tar_member("d/b.jpg", b"y" * 512) + tar_member("d/b.label", b"12345")
+    found = [("a", "png", b"x" * 700, LABEL), ("d/b", "jpg", b"y" * 512, b"12345")]
+    for end in (b"", bytes(1024)):
+        assert list(read_samples(io.BytesIO(GOOD + other + end))) == found
+    assert list(read_samples(io.BytesIO(bytes(512) + GOOD))) == []
+    for stray in (tar_member("c.txt", b"x"), tar_member("c.label", LABEL), tar_member("c.png", b"x")):
+        assert list(read_samples(io.BytesIO(GOOD + stray + GOOD))) == found[:1]
+
+
+@pytest.mark.parametrize(
+    ("shard", "kind", "text"),
+    [
+        (GOOD + GOOD[:300], ValueError, "tar header cut off after 300 of 512 bytes"),
+        (GOOD + GOOD[:900], EOFError, "member 'a.png' ends after 388 of 700 bytes"),
+        (GOOD + b"?" * 512, ValueError, "no valid tar header"),
+        (GOOD + tar_member("a.png", b"", tarfile.SYMTYPE), ValueError, "only regular files are allowed"),
+    ],
+)
+def test_a_shard_that_is_none_any_more(shard: bytes, kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        list(read_samples(io.BytesIO(shard)))

@@ -18,7 +18,6 @@ from megaclass.data.manifest import load_manifest
 from megaclass.data.open import open_reader
 from megaclass.data.order import first_classes
 from megaclass.data.training_samples import TrainingSamples
-from megaclass.data.transforms import normalise
 from megaclass.errors import ConfigError, DataError
 from tests.support.tiny_dataset import write_tiny_dataset
 
@@ -68,7 +67,7 @@ def test_images_and_labels_are_those_that_the_reader_gives(tmp_path: Path, optio
     samples.close()
     assert not bad
     assert labels.tolist() == batch.labels.tolist()
-    assert torch.equal(normalise(torch.from_numpy(images).permute(0, 3, 1, 2)), batch.images)
+    assert torch.equal(torch.from_numpy(images).permute(0, 3, 1, 2), batch.images)
 
 
 def test_wrong_labels_are_seen_as_training_saw_them(tmp_path: Path) -> None:
