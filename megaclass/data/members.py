@@ -49,14 +49,14 @@ def parse_sample(block: bytes) -> SampleMembers:
         raise BadSample("bad-tar", f"image {name!r:.120} of {size} bytes leaves no room for a label in {len(block)}")
     label_name, label_size = _parse_header(block, end)
     if label_name != f"{key}.label":
-        raise BadSample("bad-tar", f"expected member {key + '.label'!r:.120}, found {label_name!r:.120}")
+        raise BadSample("bad-tar", f"expected member {key + '.label'!r:.120}, found {label_name!r:.120}", key=key)
     label_start = end + _BLOCK
     if _padded_end(end, label_size) != len(block):
         raise BadSample("bad-tar", f"members of {key!r:.120} do not fill the {len(block)} bytes the index gives them")
     try:
         label = parse_label(block[label_start : label_start + label_size])
     except BadSample as error:
-        raise error.located(f"member {label_name!r:.120}") from None
+        raise error.located(f"member {label_name!r:.120}", key=key) from None
     return SampleMembers(key, extension, block[_BLOCK : _BLOCK + size], label)
 
 

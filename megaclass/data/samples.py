@@ -138,7 +138,7 @@ class StoredSamples:
             check_label(sample.label, int(self._records[sample_id]["label"]), self._num_stored_classes)
             image = decode_image(sample.image, sample.extension, self._image_size, self._channels)
         except BadSample as error:
-            raise error.located(where) from None
+            raise error.located(where, str(self._paths[int(self._shard_numbers[sample_id])]), sample.key) from None
         return image, int(self._new_labels[sample.label])
 
     def _read_members(self, sample_id: int) -> tuple[SampleMembers, str]:
@@ -152,9 +152,9 @@ class StoredSamples:
                 raise BadSample("unreadable", f"only {len(block)} of {length} bytes are there")
             sample = parse_sample(block)
         except OSError as error:
-            raise BadSample("unreadable", f"{where}: {error.strerror}") from None
+            raise BadSample("unreadable", f"{where}: {error.strerror}", str(self._paths[shard])) from None
         except BadSample as error:
-            raise error.located(where) from None
+            raise error.located(where, str(self._paths[shard])) from None
         return sample, f"{where}, key {sample.key!r:.120}"
 
     def _file(self, shard: int) -> int:
