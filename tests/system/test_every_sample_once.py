@@ -1,6 +1,6 @@
 """Very many samples in shards of unequal size: each id exactly once per epoch, whoever reads, also after a SIGKILL.
 
-100,000 samples in `make test`, a million in `make test-full` (10 passes, about ten minutes of one core, 2 GB of disk).
+100,000 samples in `make test`, a million in `make test-full` (10 passes, about ten minutes, 2 GB of disk).
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def test_memory_per_sample(data: tuple[Path, int]) -> None:
     print(f"{num_samples} samples: {held / num_samples:.1f} bytes each kept, {peak_opening / num_samples:.1f} at most")
     slack = 4 << 20  # pages that the allocator keeps, buffers of one batch
     assert held <= 28 * num_samples + slack
-    assert peak_opening <= 56 * num_samples + slack
-    assert peak_reading <= 56 * num_samples + slack
+    assert peak_opening <= 40 * num_samples + slack
+    assert peak_reading <= 40 * num_samples + slack
 
 
 def test_what_is_written_quickly_is_a_data_set(tmp_path: Path) -> None:
