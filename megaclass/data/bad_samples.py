@@ -19,17 +19,24 @@ class BadSample(Exception):
     """One sample that cannot be used: a reason from `REASONS`, and what exactly was found and where.
 
     Never reaches the user as it is: the `stop` policy turns it into a `DataError`, `skip` into a `SkippedSample`.
+    `shard` and `key` are those of `SkippedSample`.
     """
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, shard: str | None = None, key: str | None = None) -> None:
         assert reason in REASONS, reason
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+        self.shard = shard
+        self.key = key
 
-    def located(self, where: str) -> BadSample:
-        """The same with the place in front: shard, key, offset."""
-        return BadSample(self.reason, f"{where}: {self.detail}")
+    def located(self, where: str, shard: str | None = None, key: str | None = None) -> BadSample:
+        """The same with the place in front, in words: shard, key, offset."""
+        return BadSample(self.reason, f"{where}: {self.detail}", shard or self.shard, key or self.key)
+
+    def as_skipped(self, sample_id: int) -> SkippedSample:
+        """What a batch tells of it under the `skip` policy."""
+        return SkippedSample(sample_id, self.reason, self.detail, self.shard, self.key)
 
     def as_data_error(self) -> DataError:
         """The error that ends the run under the `stop` policy."""

@@ -17,11 +17,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """One sample that could not be used and was replaced: its id in the split, and a reason from a small fixed set."""
+    """One sample that could not be used and was replaced.
+
+    Attributes:
+        sample_id: its id in the split.
+        reason: from a small fixed set, `bad_samples.REASONS`.
+        detail: what exactly was found and where, in words.
+        shard: the file it lies in; None where there is none.
+        key: its name in the shard; None where not even that could be read.
+    """
 
     sample_id: int
     reason: str
     detail: str
+    shard: str | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,8 @@ class Batch:
         position: samples consumed after this batch, over all ranks; a reader that seeks to it continues with the
             next batch.
         skipped: samples of this rank's part that were replaced by others under the `skip` policy.
+        num_read: samples taken from the data set for it, bad ones and substitutes included, counted where they are
+            read; None from a reader that does not count.
     """
 
     images: Tensor
@@ -44,6 +56,7 @@ class Batch:
     ids: Tensor
     position: int
     skipped: tuple[SkippedSample, ...] = ()
+    num_read: int | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device` and its images as contiguous float32 in [-1, 1].

@@ -26,8 +26,8 @@ from megaclass.errors import DataError
 
 FORMAT = 1
 MANIFEST_NAME = "dataset.json"
-# A plain name below the data set's folder: never a path, never `..`.
-FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
+# A plain name below the data set's folder: never a path, never `..`, and of a length that every file system knows.
+FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,199}$"
 
 # offset/length: the byte range in the tar that holds all members of the sample, headers included.
 # source: who or what made the sample (typeface, drawer, camera): an index into the split's `sources`, -1 if unknown.
@@ -89,17 +89,20 @@ def load_manifest(folder: Path) -> Manifest:
             f"data set folder {folder} does not exist; make one with `megaclass data glyphs --out {folder}` "
             f"or `megaclass data images ROOT --out {folder}`"
         )
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise DataError(f"{path} is no file; make the data set again")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
             f"{path} is missing: {folder} is not a finished data set; make it with `megaclass data ... --out {folder}`"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    # ValueError: what is no UTF-8 or no JSON, and a number of more digits than Python reads.
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}; make the data set again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"{path} has format {found!r}; this version reads format {FORMAT}; make the data set again")
+        raise DataError(f"{path} has format {found!r:.80}; this version reads format {FORMAT}; make the data set again")
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
@@ -112,10 +115,44 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def load_split(folder: Path, manifest: Manifest, split: str) -> SplitInfo:
-    """The entry of one split, or a `DataError` that lists the splits there are."""
+    """The entry of one split.
+
+    Raises:
+        DataError: there is none, and which there are; its shards do not add up to it, or one is there twice; or its
+            class names cannot be as many as its classes.
+    """
     if split not in manifest.splits:
         raise DataError(f"data set {folder} has no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
-    return manifest.splits[split]
+    info = manifest.splits[split]
+    num_samples = sum(shard.num_samples for shard in info.shards)
+    if num_samples != info.num_samples:
+        raise DataError(
+            f"split {split!r} of {folder} has {num_samples} samples in its shards but dataset.json says "
+            f"{info.num_samples}; run `megaclass data verify {folder}`"
+        )
+    files = [name for shard in info.shards for name in (shard.file, shard.index)]
+    if len(set(files)) < len(files):
+        twice = next(name for place, name in enumerate(files) if name in files[:place])
+        raise DataError(f"split {split!r} of {folder} lists {twice} twice; make the data set again")
+    _check_num_classes(folder, split, info)
+    return info
+
+
+def _check_num_classes(folder: Path, split: str, info: SplitInfo) -> None:
+    """Refuse a number of classes that the file of their names has no room for, before memory is taken for it.
+
+    A name takes three bytes at least. Reading all names of millions of classes would take longer than it is worth.
+    """
+    path = Path(folder) / info.classes
+    try:
+        num_bytes = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"class names file {path} cannot be read: {error.strerror}; make the data set again") from None
+    if info.num_classes > num_bytes // 3:
+        raise DataError(
+            f"split {split!r} of {folder} has {info.num_classes} classes in dataset.json but {path.name} of "
+            f"{num_bytes} bytes cannot name as many; run `megaclass data verify {folder}`"
+        )
 
 
 def load_index(folder: Path, split_name: str, split: SplitInfo) -> tuple[np.ndarray, np.ndarray]:
@@ -127,17 +164,22 @@ def load_index(folder: Path, split_name: str, split: SplitInfo) -> tuple[np.ndar
     Raises:
         DataError: an index file is missing or malformed, disagrees with the manifest in its count, or holds a label
             outside [0, num_classes) or a source outside [-1, len(sources)).
+
+    Cost: 28 bytes of memory per sample, and while loading that of one shard more.
     """
-    parts, numbers = [], []
-    for number, shard in enumerate(split.shards):
+    parts = []
+    for shard in split.shards:
         path = Path(folder) / shard.index
         if not path.is_file():
             raise DataError(f"index file {path} is missing; make the data set again")
         try:
-            records = np.load(path, allow_pickle=False)
+            with path.open("rb") as file:
+                # Not `np.load`, which also knows archives and pickles.
+                records = np.lib.format.read_array(file, allow_pickle=False)
         # A damaged header makes numpy's parser raise nearly anything.
         except Exception as error:
-            raise DataError(f"index file {path} cannot be read: {error}; make the data set again") from None
+            told = " ".join(str(error).split())[:300] or type(error).__name__
+            raise DataError(f"index file {path} cannot be read: {told}; make the data set again") from None
         if records.dtype != INDEX_DTYPE or records.ndim != 1:
             raise DataError(f"index file {path} has records of type {records.dtype}; expected {INDEX_DTYPE}")
         if len(records) != shard.num_samples:
@@ -147,14 +189,17 @@ def load_index(folder: Path, split_name: str, split: SplitInfo) -> tuple[np.ndar
             )
         _check_records(path, records, split, shard)
         parts.append(records)
-        numbers.append(np.full(len(records), number, dtype=np.int32))
-    records = np.concatenate(parts) if parts else np.empty(0, INDEX_DTYPE)
-    if len(records) != split.num_samples:
+    sizes = [len(part) for part in parts]
+    if sum(sizes) != split.num_samples:
         raise DataError(
-            f"split {split_name!r} of {folder} has {len(records)} samples in its shards but dataset.json says "
+            f"split {split_name!r} of {folder} has {sum(sizes)} samples in its shards but dataset.json says "
             f"{split.num_samples}; run `megaclass data verify {folder}`"
         )
-    return records, np.concatenate(numbers) if numbers else np.empty(0, np.int32)
+    records = np.empty(split.num_samples, INDEX_DTYPE)
+    # Part by part, each freed at once: a concatenation would hold everything twice.
+    for start, size in zip(np.cumsum(sizes) - sizes, sizes, strict=True):
+        records[start : start + size] = parts.pop(0)
+    return records, np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
 
 
 def _check_records(path: Path, records: np.ndarray, split: SplitInfo, shard: ShardInfo) -> None:

@@ -44,23 +44,23 @@ def parse_sample(block: bytes) -> SampleMembers:
         BadSample: `bad-tar` for anything but an image followed by its label, `bad-label` for a label that is not
             eight bytes.
     """
-    name, size = _parse_header(block, 0)
+    name, size = parse_header(block, 0)
     end = _padded_end(0, size)
     key, extension = _split_name(name)
     if extension not in IMAGE_EXTENSIONS:
         raise BadSample("bad-tar", f"expected an image KEY.png or KEY.jpg, found member {name!r:.120}")
     if end >= len(block):
         raise BadSample("bad-tar", f"image {name!r:.120} of {size} bytes leaves no room for a label in {len(block)}")
-    label_name, label_size = _parse_header(block, end)
+    label_name, label_size = parse_header(block, end)
     if label_name != f"{key}.label":
-        raise BadSample("bad-tar", f"expected member {key + '.label'!r:.120}, found {label_name!r:.120}")
+        raise BadSample("bad-tar", f"expected member {key + '.label'!r:.120}, found {label_name!r:.120}", key=key)
     label_start = end + _BLOCK
     if _padded_end(end, label_size) != len(block):
         raise BadSample("bad-tar", f"members of {key!r:.120} do not fill the {len(block)} bytes the index gives them")
     try:
         label = parse_label(block[label_start : label_start + label_size])
     except BadSample as error:
-        raise error.located(f"member {label_name!r:.120}") from None
+        raise error.located(f"member {label_name!r:.120}", key=key) from None
     return SampleMembers(key, extension, block[_BLOCK : _BLOCK + size], label)
 
 
@@ -156,7 +156,7 @@ def _walk(path: Path) -> Iterator[tuple[int, str]]:
             if not any(header):
                 return
             try:
-                name, size = _parse_header(header, 0)
+                name, size = parse_header(header, 0)
             except BadSample as bad:
                 raise DataError(f"shard {path}: at byte {offset}: {bad.detail}; make the data set again") from None
             end = _padded_end(offset, size)
@@ -169,8 +169,12 @@ def _walk(path: Path) -> Iterator[tuple[int, str]]:
             offset = end
 
 
-def _parse_header(block: bytes, start: int) -> tuple[str, int]:
-    """Name and size of the member whose header starts at `start`; its data must lie within any caller's range."""
+def parse_header(block: bytes, start: int) -> tuple[str, int]:
+    """Name and size of the member whose header starts at `start`; whether its data is there is the caller's to check.
+
+    Raises:
+        BadSample: `bad-tar` for anything but a regular file with plain numbers.
+    """
     header = block[start : start + _BLOCK]
     if len(header) < _BLOCK:
         raise BadSample("bad-tar", f"tar header cut off after {len(header)} of {_BLOCK} bytes")

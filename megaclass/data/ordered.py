@@ -69,30 +69,39 @@ class OrderedBatches:
         positions = rank_positions(position, self.batch_size, self.rank, self.world_size)
         ids = self.order.sample_ids(positions)
         images, labels, bad = self.samples.read(ids)
+        num_read = len(ids)
         skipped: list[SkippedSample] = []
         known_bad = {int(ids[place]) for place in bad}
         for place, error in bad.items():
             if not self.is_skipping:
                 raise error.as_data_error()
-            skipped.append(SkippedSample(int(ids[place]), error.reason, error.detail))
-            ids[place], images[place], labels[place] = self._substitute(int(positions[place]), known_bad, skipped)
+            skipped.append(error.as_skipped(int(ids[place])))
+            ids[place], images[place], labels[place], tries = self._substitute(
+                int(positions[place]), known_bad, skipped
+            )
+            num_read += tries
         pixels = transform(images, ids, self.order.epochs(positions), self.seed, self.augment)
         end = position + self.batch_size * self.world_size
-        return Batch(pixels, torch.from_numpy(labels), torch.from_numpy(ids), end, tuple(skipped))
+        return Batch(pixels, torch.from_numpy(labels), torch.from_numpy(ids), end, tuple(skipped), num_read)
 
     def _substitute(
         self, position: int, known_bad: set[int], skipped: list[SkippedSample]
-    ) -> tuple[int, NDArray[np.uint8], int]:
-        """A good sample in place of the one at `position`; bad ones met on the way join `known_bad` and `skipped`."""
+    ) -> tuple[int, NDArray[np.uint8], int, int]:
+        """A good sample in place of the one at `position`, and how many were read to find it.
+
+        Bad ones met on the way join `known_bad` and `skipped`.
+        """
+        num_read = 0
         picks = hash_counters(self.seed, Stream.SUBSTITUTE, position, np.arange(_MAX_TRIES))
         for pick in (picks % np.uint64(self.samples.num_samples)).astype(np.int64).tolist():
             if pick in known_bad:
                 continue
             images, labels, bad = self.samples.read(np.array([pick]))
+            num_read += 1
             if not bad:
-                return pick, images[0], int(labels[0])
+                return pick, images[0], int(labels[0]), num_read
             known_bad.add(pick)
-            skipped.append(SkippedSample(pick, bad[0].reason, bad[0].detail))
+            skipped.append(bad[0].as_skipped(pick))
         raise DataError(
             f"no usable sample found in {_MAX_TRIES} tries in place of a bad one; the last was {skipped[-1].detail} "
             f"({skipped[-1].reason}); repair the data set"

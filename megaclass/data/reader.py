@@ -109,10 +109,10 @@ class BatchReader:
                 result = next(results)
                 if isinstance(result, UserError):
                     raise result
-                tensors, position, skipped = result
+                tensors, position, skipped, num_read = result
                 images, labels, ids = tensors
                 self._budget.count(len(ids), skipped)
-                yield Batch(images, labels, ids, position, tuple(skipped))
+                yield Batch(images, labels, ids, position, tuple(skipped), num_read)
         finally:
             # Left alone, the loader ends its workers when its iterator is collected: late, if an exception refers to
             # it, and then perhaps in a copy of it in the workers of another reader. It has no public way to end them.
@@ -133,7 +133,7 @@ class _Calls(Dataset[Any]):
         except UserError as error:
             return error
         images = batch.images if get_worker_info() is None else _shared(batch.images)
-        return (images, batch.labels, batch.ids), batch.position, batch.skipped
+        return (images, batch.labels, batch.ids), batch.position, batch.skipped, batch.num_read
 
 
 def _shared(tensor: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ class StoredSamples:
             check_label(sample.label, int(self._records[sample_id]["label"]), self._num_stored_classes)
             decode_into(sample.image, sample.extension, target)
         except BadSample as error:
-            raise error.located(where) from None
+            raise error.located(where, str(self._paths[int(self._shard_numbers[sample_id])]), sample.key) from None
         return int(self._new_labels[sample.label])
 
     def _read_members(self, sample_id: int) -> tuple[SampleMembers, str]:
@@ -153,9 +153,9 @@ class StoredSamples:
                 raise BadSample("unreadable", f"only {len(block)} of {length} bytes are there")
             sample = parse_sample(block)
         except OSError as error:
-            raise BadSample("unreadable", f"{where}: {error.strerror}") from None
+            raise BadSample("unreadable", f"{where}: {error.strerror}", str(self._paths[shard])) from None
         except BadSample as error:
-            raise error.located(where) from None
+            raise error.located(where, str(self._paths[shard])) from None
         return sample, f"{where}, key {sample.key!r:.120}"
 
     def _file(self, shard: int) -> int:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from megaclass.config import Augment
 from megaclass.data.bad_samples import BadSample, SkipBudget
-from megaclass.data.batch import Batch, SkippedSample
+from megaclass.data.batch import Batch
 from megaclass.data.counter import Stream, hash_counters
 from megaclass.data.decode import decode_into
 from megaclass.data.manifest import SplitInfo, load_index, load_manifest, load_split
@@ -47,11 +47,17 @@ class RawSample:
 
     sample_id: int
     epoch: int
-    where: str
+    shard: str
+    key: str
     extension: str
     image: bytes
     label: bytes
     index_label: int
+
+    @property
+    def where(self) -> str:
+        """Where it lies, in words."""
+        return f"shard {self.shard}, key {self.key!r:.120}"
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,8 @@ class ShardStream:
                     yield RawSample(
                         sample_id=int(self._first_ids[shard]) + number,
                         epoch=epoch,
-                        where=f"shard {path}, key {key!r:.120}",
+                        shard=str(path),
+                        key=key,
                         extension=extension,
                         image=image,
                         label=label,
@@ -179,10 +186,10 @@ class RawBatchDecoder:
                 labels[place] = self._decode(sample, images[place])
                 good.append(place)
             except BadSample as error:
-                located = error.located(sample.where)
+                located = error.located(sample.where, sample.shard, sample.key)
                 if not self.is_skipping:
                     raise located.as_data_error() from None
-                skipped.append(SkippedSample(sample.sample_id, located.reason, located.detail))
+                skipped.append(located.as_skipped(sample.sample_id))
         if not good:
             raise DataError(
                 f"no usable sample in a whole batch; the last was {skipped[-1].detail}; repair the data set"
@@ -196,7 +203,9 @@ class RawBatchDecoder:
         epochs = np.array([sample.epoch for sample in raw.samples])[source]
         pixels = transform(images, ids, epochs, self.seed, self.augment)
         end = raw.position + size * self.world_size
-        return Batch(pixels, torch.from_numpy(labels[source]), torch.from_numpy(ids), end, tuple(skipped))
+        # A substitute is taken from the samples at hand: each is one more taken, though none comes from the disk again.
+        num_read = len(raw.samples) + len(bad)
+        return Batch(pixels, torch.from_numpy(labels[source]), torch.from_numpy(ids), end, tuple(skipped), num_read)
 
     def _decode(self, sample: RawSample, target: NDArray[np.uint8]) -> int:
         """Decode a sample into `target`; returns its label."""

@@ -137,6 +137,13 @@ class Journal:
         self._files[name].flush()
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file that is seldom written to, after whatever an earlier process left unfinished in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{'' if _ends_a_line(path) else chr(10)}{line}\n")
+
+
 def next_attempt(run_dir: Path) -> int:
     """The number of the attempt that starts now: one more than any the run directory knows; 1 in a new one.
 

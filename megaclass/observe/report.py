@@ -242,6 +242,8 @@ def _samples(summary: Mapping[str, Any]) -> str:
     rows = [["read", values.text(samples.get("read"))], ["trained", values.text(samples.get("trained"))]]
     rows += [[f"skipped: {reason}", values.text(count)] for reason, count in skipped.items()]
     rows.append(["replayed after a restart", values.text(samples.get("replayed"))])
+    if "epochs_checked" in samples:
+        rows.append(["ends of epochs at which this was checked", values.text(samples["epochs_checked"])])
     counts = [values.number(value) for value in (samples.get("read"), samples.get("trained"), *skipped.values())]
     note = ""
     if all(count is not None for count in counts):

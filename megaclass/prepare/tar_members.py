@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from megaclass.data.bad_samples import BadSample
+from megaclass.data.members import parse_header
+
 BLOCK = 512
 # Writers fill the file to whole records of at most this size.
 _MAX_PADDING = 20 * BLOCK
@@ -61,6 +64,17 @@ def walk(stream: BinaryIO, fault: Callable[[str], None]) -> Iterator[Member]:
             fault(f"member {info.name!r} at byte {position} is no regular file (type {info.type!r})")
         elif "/" in info.name or "\\" in info.name or not info.name.isprintable() or info.name.startswith("."):
             fault(f"member {info.name!r} at byte {position} has a name with folders; allowed is KEY.EXTENSION")
+        elif (strict := _as_readers_see(header)) is not None:
+            fault(f"damaged header at byte {position}: {strict}")
         else:
             yield Member(info.name, position, end, position + BLOCK, info.size)
         position = end
+
+
+def _as_readers_see(header: bytes) -> str | None:
+    """What the readers' parser has against the header of a regular member, which knows fewer ways to write a number."""
+    try:
+        parse_header(header, 0)
+    except BadSample as error:
+        return error.detail
+    return None

@@ -14,6 +14,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megaclass.data.bad_samples import BadSample
+from megaclass.data.decode import decode_image
 from megaclass.data.manifest import INDEX_DTYPE, Manifest, ShardInfo, SplitInfo, load_class_names, load_manifest
 from megaclass.errors import DataError
 from megaclass.prepare.encode import MAX_FILE_BYTES, UnreadableImage, decode
@@ -201,7 +203,7 @@ class _Checker:
                 records = np.lib.format.open_memmap(path, mode="r")
         # numpy parses the header as Python source, and damage there surfaces as whatever that parser raises.
         except Exception as error:
-            self._index_faults.add(f"cannot be read: {error or type(error).__name__}")
+            self._index_faults.add(f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
             return None
         if records.dtype != INDEX_DTYPE or records.ndim != 1:
             self._index_faults.add(f"is not a list of records of type {INDEX_DTYPE}")
@@ -275,10 +277,17 @@ class _Checker:
             self._faults.add("image too large", f"{member.name} has {member.size:,} bytes")
             return
         stream.seek(member.data_start)
+        data = stream.read(member.size)
         try:
-            image = decode(stream.read(member.size), ("PNG",) if extension == "png" else ("JPEG",))
+            image = decode(data, ("PNG",) if extension == "png" else ("JPEG",))
         except UnreadableImage as error:
             self._faults.add("unreadable image", f"{member.name}: {error}")
+            return
+        try:
+            # Stricter in some things: animation, and damage that one JPEG library passes over and another does not.
+            decode_image(data, extension, image.width, 3 if self._mode == "RGB" else 1)
+        except BadSample as error:
+            self._faults.add("the readers refuse an image", f"{member.name}: {error.detail}")
             return
         if image.mode != self._mode and not (image.mode == "L" and self._mode == "RGB"):
             self._faults.add(f"image mode does not fit {self._mode}", f"{member.name} is {image.mode}")

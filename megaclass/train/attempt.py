@@ -17,7 +17,6 @@ from rich.console import Console
 
 from megaclass import checkpoint
 from megaclass.config import Config
-from megaclass.data.bad_samples import REASONS
 from megaclass.data.batch import Batch
 from megaclass.errors import CheckpointError, UserError
 from megaclass.evaluate.embed import score_on_main
@@ -29,10 +28,12 @@ from megaclass.observe.metrics import StepMeter
 from megaclass.observe.progress import ProgressLine
 from megaclass.observe.prometheus import Exporter
 from megaclass.observe.report import write_report
-from megaclass.parallel.collectives import broadcast_from_main, sum_over_ranks
+from megaclass.observe.skipped import SkippedList
+from megaclass.parallel.collectives import broadcast_from_main
 from megaclass.parallel.process import World
 from megaclass.plan import check_fits, number_of_classes
 from megaclass.train import build, loop, state
+from megaclass.train.account import SampleAccount, SampleCounts
 from megaclass.train.failure import told_failure
 from megaclass.train.guard import FiniteGuard, StopSignal, check_progress
 from megaclass.train.outcome import PREEMPTED, agent_run
@@ -81,11 +82,11 @@ class Attempt:
         self.progress.close()
         if not is_complete:
             self._save()
-            self._write_summary("preempted", PREEMPTED, None, self._all_skipped())
+            self._write_summary("preempted", PREEMPTED, None, self._settle())
             _log.info("stopped by a signal at step %d and saved; the same command continues", self.training.step)
             return PREEMPTED
         final = self._finish()
-        self._write_summary("completed", 0, final, self._all_skipped())
+        self._write_summary("completed", 0, final, self._settle())
         self._write_report()
         return 0
 
@@ -94,7 +95,7 @@ class Attempt:
         if not hasattr(self, "finite"):  # it never came to train
             return
         try:
-            self._write_summary("failed", error.exit_code, None, dict(self.extra["skipped"]))
+            self._write_summary("failed", error.exit_code, None, self.account.settled)
         except OSError as problem:
             _log.warning("summary.json could not be written: %s", problem)
 
@@ -124,10 +125,15 @@ class Attempt:
         if self.training.classifier.host_rows is not None:
             self._open.append(self.training.classifier.host_rows.close)
         self.replayed = found["replayed_steps"] * config.train.global_batch_size
-        self.extra: dict[str, Any] = {"skipped": {}, "best": None}
+        self.extra: dict[str, Any] = {"best": None}
         if found["path"] is not None:
             self._resume(Path(found["path"]))
         self.step = self.training.step
+        self.account = SampleAccount(
+            w, self.training.reader.num_samples, config.dataset.bad_sample_budget, position=self.training.position,
+            step=self.step, extra=self.extra,
+        )  # fmt: skip
+        self.skipped = SkippedList(config.run.dir, self.attempt, w.rank)
         self.saved_step = self.training.step if found["path"] is not None else -1
         self.saved_path = Path(found["path"] or "")
         self.finite = FiniteGuard(config.train.non_finite_limit)
@@ -139,7 +145,6 @@ class Attempt:
                 config.observe.metrics_host, config.observe.metrics_port, w.rank, w.size, name, w.local_rank
             )
             self._open.append(self.exporter.close)
-        self.skipped: dict[str, int] = {}
         if w.is_main:
             (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             self._announce()
@@ -209,8 +214,9 @@ class Attempt:
             samples=size, data_wait_seconds=result.data_wait_seconds, step_seconds=result.step_seconds,
             head_cpu_seconds=result.head_cpu_seconds, grad_norm=result.grad_norm, monitors=output.monitors,
         )  # fmt: skip
-        for sample in (sample for batch in result.batches for sample in batch.skipped):
-            self.skipped[sample.reason] = self.skipped.get(sample.reason, 0) + 1
+        skipped = [sample for batch in result.batches for sample in batch.skipped]
+        self.account.count(result.batches, self.skipped.add(step, skipped))
+        for sample in skipped:
             _log.warning("sample %d skipped (%s): %s", sample.sample_id, sample.reason, sample.detail)
             if self.exporter is not None:
                 self.exporter.count_skipped_sample(sample.reason)
@@ -242,8 +248,10 @@ class Attempt:
                 self.exporter.observe_gpu_memory(torch.cuda.max_memory_allocated())
 
     def _between(self) -> None:
-        """After a step: evaluate and save where they are due."""
+        """After a step: close the books of an epoch, evaluate and save where they are due."""
         step, config = self.training.step, self.config
+        if self.account.is_end_of_epoch(self.training.position, config.train.global_batch_size):
+            self._settle(is_end_of_epoch=True)
         if step == self.training.num_steps:
             return
         is_best = False
@@ -282,7 +290,8 @@ class Attempt:
             return
         start = time.monotonic()
         with self.watchdog.pause("checkpoint"):
-            extra = {**self.extra, "skipped": self._all_skipped()}
+            counts = self._settle()
+            extra = {**self.extra, "skipped": counts.skipped, "samples": counts.to_state()}
             snapshot = state.take(self.training, self.attempt, extra)
             keep = self.config.train.keep_checkpoints
             self.saved_path = checkpoint.save(
@@ -317,23 +326,14 @@ class Attempt:
             Console().print(table(results))
         return results
 
-    def _all_skipped(self) -> dict[str, int]:
-        """Skipped samples by reason over all ranks and earlier attempts; a collective, called by all ranks."""
-        total = dict(self.extra["skipped"])
-        reasons = sorted(REASONS)
-        counts = torch.tensor([self.skipped.get(reason, 0) for reason in reasons], device=self.world.device)
-        for reason, count in zip(reasons, sum_over_ranks(counts, self.world.group).tolist(), strict=True):
-            if count:
-                total[reason] = total.get(reason, 0) + count
-        return total
+    def _settle(self, is_end_of_epoch: bool = False) -> SampleCounts:
+        """The checked counts of samples over all ranks and attempts; a collective, called by all ranks."""
+        return self.account.settle(self.training.step, self.training.position, is_end_of_epoch)
 
-    def _write_summary(
-        self, status: str, code: int, evaluation: dict[str, Any] | None, skipped: dict[str, int]
-    ) -> None:
+    def _write_summary(self, status: str, code: int, evaluation: dict[str, Any] | None, counts: SampleCounts) -> None:
         if not self.world.is_main:
             return
         training = self.training
-        trained = training.position
         self.journal.write_summary(
             {
                 "status": status,
@@ -342,12 +342,7 @@ class Attempt:
                 "epoch": training.epoch,
                 "world_size": self.world.size,
                 "attempts": self.attempt,
-                "samples": {
-                    "read": trained + sum(skipped.values()),
-                    "trained": trained,
-                    "skipped": skipped,
-                    "replayed": self.replayed,
-                },
+                "samples": counts.to_summary() | {"replayed": self.replayed},
                 "goodput": self._goodput(),
                 # Linux counts in KiB.
                 "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

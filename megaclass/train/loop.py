@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import torch
@@ -160,7 +160,7 @@ def train_step(
             output = classifier(embeddings, on_device.labels, draw_id=draw_id, values=values, monitor=monitor)
             strategy.backward(output.loss / num_micro)
         outputs.append(output)
-        used.append(Batch(batch.images.new_empty(0), batch.labels, batch.ids, batch.position, batch.skipped))
+        used.append(replace(batch, images=batch.images.new_empty(0)))
     before_update(used)
     is_loss_finite = training.config.optim.row_update == "deferred" or bool(torch.isfinite(outputs[0].loss))
     norm, is_taken, rates = _update(training, values.learning_rate, is_loss_finite)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from megaclass.data.manifest import INDEX_DTYPE
 from megaclass.prepare.encode import encode_array
@@ -355,3 +356,42 @@ def test_damage_anywhere_is_found_and_never_raises(folder: Path, draw: st.DataOb
         assert report.text()
     finally:
         (folder / name).write_bytes(original)
+
+
+def test_what_the_readers_refuse_is_a_fault(folder: Path) -> None:
+    """Pillow reads an animation's first frame, and on over damage that other decoders stop at; training would stop."""
+    members = members_of(folder)
+    first, second = (Image.fromarray(np.full((9, 7), value, np.uint8)) for value in (1, 2))
+    stream = io.BytesIO()
+    first.save(stream, "PNG", save_all=True, append_images=[second])
+    members[0] = (members[0][0], stream.getvalue())
+    stream = io.BytesIO()
+    Image.fromarray(np.arange(63, dtype=np.uint8).reshape(9, 7)).save(stream, "JPEG")
+    damaged = stream.getvalue()
+    damaged = damaged[:11] + b"\x55" + damaged[11:]
+    name = members[2][0].name.replace(".png", ".jpg")
+    members[2] = (tarfile.TarInfo(name), damaged)
+    rewrite(folder, members)
+    told = faults_of(folder)
+    assert f"{TAR}: the readers refuse an image: {members[0][0].name}: animated PNG" in told
+    assert f"{TAR}: the readers refuse an image: {name}: JPEG does not decode: " in told
+
+
+@pytest.mark.parametrize("size", [b"+0000000010\0", b"1_0\0\0\0\0\0\0\0\0\0", b"\x80" + bytes(10) + b"\x08"])
+def test_a_size_that_only_tarfile_understands_is_a_fault(folder: Path, size: bytes) -> None:
+    """All of them mean eight bytes to `tarfile`, and nothing to the readers."""
+    members = members_of(folder)
+    place = 512 + -(-len(members[0][1]) // 512) * 512
+    header = bytearray((folder / TAR).read_bytes()[place : place + 512])
+    header[124:136] = size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    patch(folder, place, bytes(header))
+    assert f"damaged header at byte {place}: member '{members[1][0].name}' has size field" in faults_of(folder)
+
+
+def test_faults_are_lines(folder: Path) -> None:
+    """What numpy says about a huge header has three."""
+    (folder / INDEX).write_bytes(b"\x93NUMPY\1\0\xff\xff" + b"[0," * 30000)
+    seal(folder)
+    assert all("\n" not in fault for fault in verify(folder).faults)
