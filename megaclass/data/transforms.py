@@ -47,10 +47,9 @@ def transform(
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     if augment == Augment():
         return normalise(pixels)
-    counters = (np.asarray(epochs)[:, None], np.asarray(sample_ids)[:, None], np.arange(_NUM_DRAWS))
-    draws = uniform(hash_counters(seed, Stream.AUGMENT, *counters))
+    draws = draw_numbers(sample_ids, epochs, seed)
     if augment.flip:
-        mirrored = torch.from_numpy(draws[:, _FLIP] < augment.flip)
+        mirrored = torch.from_numpy(flipped(draws, augment))
         pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
     result = normalise(pixels)
     if augment.shift or augment.scale or augment.rotation or augment.shear:
@@ -66,10 +65,21 @@ def normalise(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
-def _sampling_grid(draws: NDArray[np.float64], augment: Augment, size: int) -> Tensor:
-    """[batch, size, size, 2]: where each output pixel is read, in [-1, 1] coordinates of the input.
+def draw_numbers(sample_ids: NDArray[np.int64], epochs: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
+    """[batch, draws] in [0, 1): the random numbers of each sample."""
+    counters = (np.asarray(epochs)[:, None], np.asarray(sample_ids)[:, None], np.arange(_NUM_DRAWS))
+    return uniform(hash_counters(seed, Stream.AUGMENT, *counters))
 
-    Output coordinates are divided by the scale, sheared, rotated and shifted.
+
+def flipped(draws: NDArray[np.float64], augment: Augment) -> NDArray[np.bool_]:
+    """[batch]: which images are mirrored."""
+    return draws[:, _FLIP] < augment.flip
+
+
+def affine_rows(draws: NDArray[np.float64], augment: Augment) -> NDArray[np.float32]:
+    """[batch, 2, 3]: the place in the input, x then y, as (by x, by y, offset) of a place in the output.
+
+    Both in [-1, 1] from edge to edge. Output coordinates are divided by the scale, sheared, rotated and shifted.
     """
     signed = 2.0 * draws - 1.0
     # The exponent is drawn evenly, so that growing and shrinking are equally likely.
@@ -80,25 +90,37 @@ def _sampling_grid(draws: NDArray[np.float64], augment: Augment, size: int) -> T
     # Rotation times shear [[1, slant], [0, 1]]; a shift of the whole side is 2 in these coordinates.
     x_row = (cosine, cosine * slant - sine, 2.0 * augment.shift * signed[:, _SHIFT_X])
     y_row = (sine, sine * slant + cosine, 2.0 * augment.shift * signed[:, _SHIFT_Y])
+    return np.stack([np.stack(x_row, -1), np.stack(y_row, -1)], 1).astype(np.float32)
+
+
+def _sampling_grid(draws: NDArray[np.float64], augment: Augment, size: int) -> Tensor:
+    """[batch, size, size, 2]: where each output pixel is read, in [-1, 1] coordinates of the input."""
+    rows = torch.from_numpy(affine_rows(draws, augment))
     centres = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1
     across, down = centres[None, None, :], centres[None, :, None]
     grid = torch.empty(len(draws), size, size, 2)
-    for axis, row in enumerate((x_row, y_row)):
-        by_x, by_y, offset = (torch.from_numpy(part.astype(np.float32))[:, None, None] for part in row)
+    for axis in range(2):
+        by_x, by_y, offset = rows[:, axis, :, None, None].unbind(1)
         torch.add(across * by_x, down * by_y + offset, out=grid[..., axis])
     return grid
 
 
+def erased_rectangles(draws: NDArray[np.float64], probability: float, size: int) -> NDArray[np.int64]:
+    """[batch, 4]: first row, first column, height and width of what is erased; height 0 where nothing is."""
+    shortest, longest = _ERASE_SIDES
+
+    def place(side: int, start: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        length = np.maximum(1, np.round(size * (shortest + (longest - shortest) * draws[:, side]))).astype(np.int64)
+        return np.floor(draws[:, start] * (size - length + 1)).astype(np.int64), length
+
+    (column, width), (row, height) = place(_ERASE_WIDTH, _ERASE_X), place(_ERASE_HEIGHT, _ERASE_Y)
+    return np.stack([row, column, np.where(draws[:, _ERASE] < probability, height, 0), width], -1)
+
+
 def _erased(draws: NDArray[np.float64], probability: float, size: int) -> Tensor:
     """[batch, size, size] bool: the rectangle of each image that is erased."""
-    shortest, longest = _ERASE_SIDES
     pixels = np.arange(size)
-
-    def covered(side: int, start: int) -> NDArray[np.bool_]:
-        length = np.maximum(1, np.round(size * (shortest + (longest - shortest) * draws[:, side]))).astype(np.int64)
-        first = np.floor(draws[:, start] * (size - length + 1)).astype(np.int64)
-        return (pixels >= first[:, None]) & (pixels < (first + length)[:, None])
-
-    columns, rows = covered(_ERASE_WIDTH, _ERASE_X), covered(_ERASE_HEIGHT, _ERASE_Y)
-    rows &= (draws[:, _ERASE] < probability)[:, None]
+    row, column, height, width = (part[:, None] for part in erased_rectangles(draws, probability, size).T)
+    rows = (pixels >= row) & (pixels < row + height)
+    columns = (pixels >= column) & (pixels < column + width)
     return torch.from_numpy(rows[:, :, None] & columns[:, None, :])
