@@ -32,11 +32,13 @@ class Header(NamedTuple):
         width, height: in pixels.
         is_plain: the file is whole as far as its ends show, and of a kind that every decoder understands alike: 8 bits
             a channel, without transparency, JPEG in grey or YCbCr.
+        is_subsampled: a JPEG whose colour has fewer pixels than its brightness; decoders differ in how they spread it.
     """
 
     width: int
     height: int
     is_plain: bool
+    is_subsampled: bool = False
 
 
 def decode_image(data: bytes, extension: str, image_size: int, channels: int) -> NDArray[np.uint8]:
@@ -80,13 +82,14 @@ def judge_header(data: bytes, extension: str) -> Header:
 
 def _judge_jpeg(data: bytes) -> Header:
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
         raise BadSample("bad-image", f"JPEG does not decode: {_line(error)}") from None
     _check_size(width, height)
     if colorspace not in ("YCbCr", "RGB", "Gray"):
         raise BadSample("unsupported-image", f"JPEG in {colorspace}; only grey and RGB have one meaning")
-    return Header(width, height, colorspace != "RGB" and data.endswith(_JPEG_END))
+    is_plain = colorspace != "RGB" and data.endswith(_JPEG_END)
+    return Header(width, height, is_plain, subsampling not in ("444", "Gray"))
 
 
 def _judge_png(data: bytes) -> Header:
