@@ -22,6 +22,7 @@ MAX_PIXELS = 50_000_000
 _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 _PNG_SIZE = struct.Struct(">IIBB")
 _PNG_GREY, _PNG_RGB, _PNG_PALETTE = 0, 2, 3
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _JPEG_END = b"\xff\xd9"
 
 
@@ -104,7 +105,8 @@ def _judge_png(data: bytes) -> Header:
     if data.find(b"acTL", 0, pixels_start) >= 0:
         raise BadSample("unsupported-image", "animated PNG")
     is_plain = bit_depth == 8 and kind in (_PNG_GREY, _PNG_RGB, _PNG_PALETTE)
-    return Header(width, height, is_plain and data.find(b"tRNS", 0, pixels_start) < 0)
+    is_plain = is_plain and data.endswith(_PNG_END) and data.find(b"tRNS", 0, pixels_start) < 0
+    return Header(width, height, is_plain)
 
 
 def _decode_jpeg(data: bytes, channels: int) -> NDArray[np.uint8]:

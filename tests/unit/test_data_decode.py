@@ -68,29 +68,29 @@ def test_other_sizes_are_resized_with_antialiasing() -> None:
     assert decode_image(saved(PICTURE.resize((5, 40))), "png", 16, 3).shape == (16, 16, 3)
 
 
-@pytest.mark.parametrize(
-    ("data", "extension", "reason", "text"),
-    [
-        (b"", "png", "bad-image", "not a PNG file"),
-        (b"", "jpg", "bad-image", "JPEG does not decode"),
-        (b"not an image", "png", "bad-image", "not a PNG file: starts with b'not an i'"),
-        (saved(PICTURE)[:-60], "png", "bad-image", "PNG does not decode: .*truncated"),
-        (saved(PICTURE)[:40], "png", "bad-image", "PNG does not decode"),
-        (saved(PICTURE, "JPEG")[:-100], "jpg", "bad-image", "JPEG does not decode: .*[Pp]remature end"),
-        (saved(PICTURE, "JPEG"), "png", "bad-image", "not a PNG file"),
-        (saved(PICTURE), "jpg", "bad-image", "JPEG does not decode"),
-        (saved(PICTURE.convert("CMYK"), "JPEG"), "jpg", "unsupported-image", "JPEG in CMYK"),
-        (saved(Image.fromarray(np.full((8, 8), 999, np.uint16))), "png", "unsupported-image", "16 bits per channel"),
-        (saved(Image.new("RGBA", (8, 8), (1, 2, 3, 254))), "png", "unsupported-image", "transparent pixels"),
-        (saved(Image.new("L", (8, 8), 3), transparency=3), "png", "unsupported-image", "transparent pixels"),
-        (
-            saved(PICTURE, save_all=True, append_images=[PICTURE.rotate(90)]),
-            "png",
-            "unsupported-image",
-            "animated PNG",
-        ),
-    ],
-)
+BAD_IMAGES = [
+    (b"", "png", "bad-image", "not a PNG file"),
+    (b"", "jpg", "bad-image", "JPEG does not decode"),
+    (b"not an image", "png", "bad-image", "not a PNG file: starts with b'not an i'"),
+    (saved(PICTURE)[:-60], "png", "bad-image", "PNG does not decode: .*truncated"),
+    (saved(PICTURE)[:40], "png", "bad-image", "PNG does not decode"),
+    (saved(PICTURE, "JPEG")[:-100], "jpg", "bad-image", "JPEG does not decode: .*[Pp]remature end"),
+    (saved(PICTURE, "JPEG"), "png", "bad-image", "not a PNG file"),
+    (saved(PICTURE), "jpg", "bad-image", "JPEG does not decode"),
+    (saved(PICTURE.convert("CMYK"), "JPEG"), "jpg", "unsupported-image", "JPEG in CMYK"),
+    (saved(Image.fromarray(np.full((8, 8), 999, np.uint16))), "png", "unsupported-image", "16 bits per channel"),
+    (saved(Image.new("RGBA", (8, 8), (1, 2, 3, 254))), "png", "unsupported-image", "transparent pixels"),
+    (saved(Image.new("L", (8, 8), 3), transparency=3), "png", "unsupported-image", "transparent pixels"),
+    (
+        saved(PICTURE, save_all=True, append_images=[PICTURE.rotate(90)]),
+        "png",
+        "unsupported-image",
+        "animated PNG",
+    ),
+]
+
+
+@pytest.mark.parametrize(("data", "extension", "reason", "text"), BAD_IMAGES)
 def test_bad_images_have_a_reason(data: bytes, extension: str, reason: str, text: str) -> None:
     with pytest.raises(BadSample) as caught:
         decode_image(data, extension, 16, 3)
