@@ -32,6 +32,7 @@ RESIZED = 1.0  # rounded once by DALI, twice by Pillow
 WARPED = 0.2  # the place an output pixel is read from, at up to 112 pixels
 ROUNDING = 1e-3
 
+CPU = torch.device("cpu")
 SIZE = 9
 MOVED = Augment(flip=0.5, shift=0.1, scale=0.2, rotation=20, shear=10, erase=0.5)
 
@@ -49,10 +50,12 @@ def read(reader: DaliReader | IndexedReader, num_batches: int, position: int = 0
         reader.close()
 
 
-def both(folder: Path, num_batches: int, position: int = 0, **options: Any) -> tuple[list[Batch], list[Batch]]:
-    """The same batches of the DALI reader and of the default one."""
+def both(
+    folder: Path, num_batches: int, position: int = 0, device: torch.device = CPU, **options: Any
+) -> tuple[list[Batch], list[Batch]]:
+    """The same batches of the DALI reader on a device, and of the default one."""
     fixed = arguments(**options)
-    dali = DaliReader(folder, "train", **fixed, workers=2)
+    dali = DaliReader(folder, "train", **fixed, workers=2, device=device)
     indexed = IndexedReader(folder, "train", **fixed)
     assert (dali.num_classes, dali.num_samples) == (indexed.num_classes, indexed.num_samples)
     assert np.array_equal(dali.class_counts, indexed.class_counts)
@@ -72,7 +75,8 @@ def assert_same_samples(one: list[Batch], two: list[Batch]) -> None:
 
 def levels(one: list[Batch], two: list[Batch]) -> Tensor:
     """Differences of the images in grey levels."""
-    return (torch.cat([batch.images for batch in one]) - torch.cat([batch.images for batch in two])).abs() * 127.5
+    first, second = (torch.cat([batch.images for batch in batches]).cpu() for batches in (one, two))
+    return (first - second).abs() * 127.5
 
 
 @pytest.fixture(scope="module")
