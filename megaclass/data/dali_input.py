@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from megaclass.data.bad_samples import BadSample
 from megaclass.data.batch import Batch
 from megaclass.data.dali_pipeline import Feeds, Form, as_netpbm, resize_feeds, warp_matrices
-from megaclass.data.decode import Header, decode_pixels, judge_header
+from megaclass.data.decode import Header, decode_pixels, judge_header, judge_jpeg_data
 from megaclass.data.label_noise import NoisyLabels
 from megaclass.data.members import SampleMembers
 from megaclass.data.order import rank_positions
@@ -79,7 +79,10 @@ class InputMaker:
             members, labels[place], _ = self.samples.encoded(sample_id)
             header = judge_header(members.image, members.extension)
             headers.append(header)
-            images.append(self._image(members, is_decoding or self._differs(header)))
+            is_ours = is_decoding or self._differs(header)
+            if members.extension == "jpg" and not is_ours:
+                judge_jpeg_data(members.image)
+            images.append(self._image(members, is_ours))
         if isinstance(ordered.samples, NoisyLabels):
             labels = ordered.samples.noisy(ids, labels)
         form, feeds = self._form(headers), self._numbers(ids, ordered.order.epochs(positions))
@@ -98,9 +101,9 @@ class InputMaker:
         """
         return not header.is_plain or (header.is_subsampled and self.channels == 3 and not self.is_on_gpu)
 
-    def _image(self, members: SampleMembers, is_decoding: bool) -> NDArray[np.uint8]:
+    def _image(self, members: SampleMembers, is_ours: bool) -> NDArray[np.uint8]:
         """The bytes of an image file: the stored one, or one of the pixels that the default reader sees in it."""
-        if is_decoding:
+        if is_ours:
             return as_netpbm(decode_pixels(members.image, members.extension, self.channels))
         return np.frombuffer(members.image, np.uint8)
 

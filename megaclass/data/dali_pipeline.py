@@ -112,8 +112,8 @@ class DaliPipeline:
         with torch.cuda.device(self._device) if on_gpu else nullcontext():
             (output,) = self._pipe.share_outputs(torch.cuda.current_stream() if on_gpu else None)
             pixels = from_dlpack(output.as_tensor())
-            # As `transforms.normalise`. On a CPU the batch may stay in DALI's memory, which lives as long as it does; on
-            # a GPU it gets memory of torch's, and DALI's goes back in the order of this stream.
+            # As `transforms.normalise`. On a CPU the batch may stay in DALI's memory, which lives as long as it. On a
+            # GPU it gets memory of torch's, and DALI's goes back in the order of this stream.
             is_own = pixels.dtype == torch.float32 and not on_gpu
             images = (pixels.div_(127.5) if is_own else torch.div(pixels, 127.5)).sub_(1.0)
             del pixels, output

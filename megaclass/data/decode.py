@@ -81,6 +81,20 @@ def judge_header(data: bytes, extension: str) -> Header:
     return _judge_png(data) if extension == "png" else _judge_jpeg(data)
 
 
+def judge_jpeg_data(data: bytes) -> None:
+    """Walk through the compressed data of a JPEG with a sound header, for a decoder that passes over damage.
+
+    Raises:
+        BadSample: wherever `decode_image` would, as the same library reads the same bytes to make a thumbnail of them.
+
+    Cost: half to two thirds of decoding.
+    """
+    try:
+        simplejpeg.decode_jpeg(data, colorspace="GRAY", fastdct=True, min_height=1, min_width=1, min_factor=8)
+    except ValueError as error:
+        raise BadSample("bad-image", f"JPEG does not decode: {_line(error)}") from None
+
+
 def _judge_jpeg(data: bytes) -> Header:
     try:
         height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(data)

@@ -15,6 +15,7 @@ from megaclass.data.dali import DaliReader
 from tests.support.image_files import every_kind, image_file, picture, write_files
 from tests.support.tiny_dataset import tar_member, write_tiny_dataset
 from tests.unit.test_data_dali import (
+    BEHIND_SOUND_HEADERS,
     MOVED,
     RESIZED,
     ROUNDING,
@@ -79,7 +80,7 @@ def test_the_tolerance_of_warping_holds_at_112_pixels(tmp_path: Path) -> None:
     assert found.max() <= WARPED
 
 
-@pytest.mark.parametrize(("data", "extension", "reason", "text"), BAD_IMAGES)
+@pytest.mark.parametrize(("data", "extension", "reason", "text"), [*BAD_IMAGES, *BEHIND_SOUND_HEADERS])
 def test_a_bad_image_is_named_or_replaced_as_by_the_default_reader(
     folder: Path, data: bytes, extension: str, reason: str, text: str
 ) -> None:
