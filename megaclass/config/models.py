@@ -16,6 +16,12 @@ from pydantic_core import PydanticCustomError
 from megaclass.config.augment import Augment
 from megaclass.config.section import Section
 
+# A change is listed once a test has compared it with the default reader's; any other is refused.
+DALI_AUGMENT = frozenset(
+    {"flip", "erase", "crop", "crop_area", "crop_aspect"}
+    | {name + kind for name in ("shift", "scale", "rotation", "shear") for kind in ("", "_probability")}
+)
+
 
 class Synthetic(Section):
     """The made-up data set of `dataset.reader: synthetic`: one random pattern per class plus noise."""
@@ -33,18 +39,22 @@ class Dataset(Section):
 
     path: Path | None = Field(None, description="folder with a dataset.json (not for the synthetic reader)")
     split: str = Field("train", description="split of that data set to train on")
-    reader: Literal["indexed", "stream", "synthetic"] = Field(
-        "indexed", description="indexed: exact order and position; stream: shard by shard through webdataset"
+    reader: Literal["indexed", "dali", "stream", "synthetic"] = Field(
+        "indexed",
+        description="indexed: exact order and position; dali: the same, decoded by NVIDIA DALI on the run's device; "
+        "stream: shard by shard through webdataset",
     )
     num_classes: int | None = Field(
-        None, ge=1, description="indexed: train on this many classes of the split only; subsets are nested"
+        None, ge=1, description="indexed, dali: train on this many classes of the split only; subsets are nested"
     )
     label_noise: float = Field(
-        0.0, ge=0, lt=1, description="indexed, synthetic: share of training samples given another class's label"
+        0.0, ge=0, lt=1, description="all but stream: share of training samples given another class's label"
     )
     image_size: int = Field(32, ge=8, le=1024, description="images are resized to this many pixels a side")
     channels: Literal[1, 3] = Field(3, description="1: grey, 3: red, green, blue")
-    workers: int = Field(0, ge=0, le=256, description="decoding processes per rank; 0 decodes in the trainer's process")
+    workers: int = Field(
+        0, ge=0, le=256, description="decoding processes (dali: threads) per rank; 0 decodes in the trainer's process"
+    )
     on_bad_sample: Literal["stop", "skip"] = Field("stop", description="what an unreadable sample does")
     bad_sample_budget: float = Field(0.001, ge=0, le=1, description="largest share of skipped samples before stopping")
     augment: Augment = Augment()
@@ -67,6 +77,28 @@ class Dataset(Section):
         if value and info.data.get("reader") == "stream":
             raise PydanticCustomError("reader", "dataset.reader stream knows the true labels only; use indexed")
         return value
+
+    @field_validator("augment")
+    @classmethod
+    def _within_dali(cls, value: Augment, info: ValidationInfo) -> Augment:
+        refused = beyond_dali(value) if info.data.get("reader") == "dali" else []
+        if refused:
+            names = ", ".join(refused)
+            raise PydanticCustomError(
+                "reader",
+                "dataset.reader dali does not make {names} equal to the default reader; leave that out or use indexed",
+                {"names": names},
+            )
+        return value
+
+
+def beyond_dali(augment: Augment) -> list[str]:
+    """The names of the changes asked for that `dataset.reader: dali` does not make as the default reader does."""
+    return [
+        name
+        for name, field in type(augment).model_fields.items()
+        if name not in DALI_AUGMENT and getattr(augment, name) != field.get_default(call_default_factory=True)
+    ]
 
 
 class Backbone(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import struct
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -19,7 +20,26 @@ from megaclass.data.bad_samples import BadSample
 
 MAX_PIXELS = 50_000_000
 _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
-_PNG_SIZE = struct.Struct(">IIB")
+_PNG_SIZE = struct.Struct(">IIBB")
+_PNG_GREY, _PNG_RGB, _PNG_PALETTE = 0, 2, 3
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_JPEG_END = b"\xff\xd9"
+
+
+class Header(NamedTuple):
+    """What an image file says of itself before it is decoded.
+
+    Attributes:
+        width, height: in pixels.
+        is_plain: the file is whole as far as its ends show, and of a kind that every decoder understands alike: 8 bits
+            a channel, without transparency, JPEG in grey or YCbCr.
+        is_subsampled: a JPEG whose colour has fewer pixels than its brightness; decoders differ in how they spread it.
+    """
+
+    width: int
+    height: int
+    is_plain: bool
+    is_subsampled: bool = False
 
 
 def decode_image(data: bytes, extension: str, image_size: int, channels: int) -> NDArray[np.uint8]:
@@ -44,7 +64,7 @@ def decode_into(data: bytes, extension: str, target: NDArray[np.uint8]) -> None:
             undefined.
     """
     height, width, channels = target.shape
-    image = _decode_png(data, channels) if extension == "png" else _decode_jpeg(data, target)
+    image = _decode_png(data, channels) if extension == "png" else _decode_jpeg(data, channels, target)
     if image is target:
         return
     if image.shape[:2] != (height, width):
@@ -52,16 +72,73 @@ def decode_into(data: bytes, extension: str, target: NDArray[np.uint8]) -> None:
     target[...] = image.reshape(target.shape)
 
 
-def _decode_jpeg(data: bytes, target: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def decode_pixels(data: bytes, extension: str, channels: int) -> NDArray[np.uint8]:
+    """The image in its own size, uint8 [height, width] for one channel, else [height, width, 3].
+
+    Raises:
+        BadSample: as `decode_image`.
+    """
+    return _decode_png(data, channels) if extension == "png" else _decode_jpeg(data, channels)
+
+
+def judge_header(data: bytes, extension: str) -> Header:
+    """Judge an image file by its header, for whoever decodes it; a sound header does not mean a sound image.
+
+    Raises:
+        BadSample: as `decode_image`, for all that the header shows: another kind of file, too many pixels, CMYK, 16
+            bits, animation. Transparency is no fault here: only the pixels show whether any is used.
+    """
+    return _judge_png(data) if extension == "png" else _judge_jpeg(data)
+
+
+def judge_jpeg_data(data: bytes) -> None:
+    """Walk through the compressed data of a JPEG with a sound header, for a decoder that passes over damage.
+
+    Raises:
+        BadSample: wherever `decode_image` would, as the same library reads the same bytes to make a thumbnail of them.
+
+    Cost: half to two thirds of decoding.
+    """
+    try:
+        simplejpeg.decode_jpeg(data, colorspace="GRAY", fastdct=True, min_height=1, min_width=1, min_factor=8)
+    except ValueError as error:
+        raise BadSample("bad-image", f"JPEG does not decode: {_line(error)}") from None
+
+
+def _judge_jpeg(data: bytes) -> Header:
+    try:
+        height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        raise BadSample("bad-image", f"JPEG does not decode: {_line(error)}") from None
+    _check_size(width, height)
+    if colorspace not in ("YCbCr", "RGB", "Gray"):
+        raise BadSample("unsupported-image", f"JPEG in {colorspace}; only grey and RGB have one meaning")
+    is_plain = colorspace != "RGB" and data.endswith(_JPEG_END)
+    return Header(width, height, is_plain, subsampling not in ("444", "Gray"))
+
+
+def _judge_png(data: bytes) -> Header:
+    if not data.startswith(_PNG_START) or len(data) < len(_PNG_START) + _PNG_SIZE.size:
+        raise BadSample("bad-image", f"not a PNG file: starts with {data[:8]!r}")
+    width, height, bit_depth, kind = _PNG_SIZE.unpack_from(data, len(_PNG_START))
+    _check_size(width, height)
+    if bit_depth == 16:
+        # Pillow would cut colour to 8 bits and leave grey at 16: two meanings, so none.
+        raise BadSample("unsupported-image", "PNG with 16 bits per channel; convert it to 8")
+    pixels_start = data.find(b"IDAT")
+    if data.find(b"acTL", 0, pixels_start) >= 0:
+        raise BadSample("unsupported-image", "animated PNG")
+    is_plain = bit_depth == 8 and kind in (_PNG_GREY, _PNG_RGB, _PNG_PALETTE)
+    is_plain = is_plain and data.endswith(_PNG_END) and data.find(b"tRNS", 0, pixels_start) < 0
+    return Header(width, height, is_plain)
+
+
+def _decode_jpeg(data: bytes, channels: int, target: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
     """`target` itself where the image has its size; else uint8 [height, width] or [height, width, 3]."""
-    channels = target.shape[2]
+    header = _judge_jpeg(data)
     wanted = "GRAY" if channels == 1 else "RGB"
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(width, height)
-        if colorspace not in ("YCbCr", "RGB", "Gray"):
-            raise BadSample("unsupported-image", f"JPEG in {colorspace}; only grey and RGB have one meaning")
-        if (height, width) == target.shape[:2]:
+        if target is not None and (header.height, header.width) == target.shape[:2]:
             simplejpeg.decode_jpeg(data, wanted, fastdct=True, fastupsample=True, buffer=target)
             return target
         pixels = simplejpeg.decode_jpeg(data, wanted, fastdct=True, fastupsample=True)
@@ -71,16 +148,7 @@ def _decode_jpeg(data: bytes, target: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _decode_png(data: bytes, channels: int) -> NDArray[np.uint8]:
-    """uint8 [height, width] or [height, width, 3]."""
-    if not data.startswith(_PNG_START) or len(data) < len(_PNG_START) + _PNG_SIZE.size:
-        raise BadSample("bad-image", f"not a PNG file: starts with {data[:8]!r}")
-    width, height, bit_depth = _PNG_SIZE.unpack_from(data, len(_PNG_START))
-    _check_size(width, height)
-    if bit_depth == 16:
-        # Pillow would cut colour to 8 bits and leave grey at 16: two meanings, so none.
-        raise BadSample("unsupported-image", "PNG with 16 bits per channel; convert it to 8")
-    if data.find(b"acTL", 0, data.find(b"IDAT")) >= 0:
-        raise BadSample("unsupported-image", "animated PNG")
+    _judge_png(data)
     try:
         # The class rather than `Image.open`: its search for a format takes a sixth of the time of a small image.
         with PngImagePlugin.PngImageFile(io.BytesIO(data)) as picture:

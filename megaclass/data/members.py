@@ -137,7 +137,7 @@ def _read_member(file: BinaryIO) -> tuple[str, bytes] | None:
     if not header.strip(b"\0"):
         return None
     try:
-        name, size = _parse_header(header, 0)
+        name, size = parse_header(header, 0)
     except BadSample as bad:
         raise ValueError(bad.detail) from None
     data = file.read(_padded_end(0, size) - _BLOCK)

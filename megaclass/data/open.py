@@ -1,11 +1,14 @@
 """The reader a configuration asks for, by name.
 
-Separate so that only this file knows all readers, and so that the webdataset library is imported only where it is used.
+Separate so that only this file knows all readers, and so that webdataset and DALI are imported only where they are
+used.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 from megaclass.config import Dataset
 from megaclass.data.batch import Reader
@@ -14,7 +17,14 @@ from megaclass.data.synthetic import SyntheticReader
 
 
 def open_reader(
-    dataset: Dataset, *, batch_size: int, accumulation_steps: int, rank: int, world_size: int, seed: int
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    accumulation_steps: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    device: torch.device | None = None,
 ) -> Reader:
     """The training reader `dataset.reader` of one rank.
 
@@ -25,6 +35,7 @@ def open_reader(
         rank: of this process.
         world_size: number of ranks.
         seed: `train.seed`, same on every rank.
+        device: that the trainer computes on, where reader `dali` decodes and augments; default: the CPU.
 
     Raises:
         ConfigError, DataError: as the readers do.
@@ -48,11 +59,11 @@ def open_reader(
         from megaclass.data.stream import StreamReader
 
         return StreamReader(dataset.path, dataset.split, **common, **policy)
-    return IndexedReader(
-        dataset.path,
-        dataset.split,
-        **common,
-        **policy,
-        num_classes=dataset.num_classes,
-        label_noise=dataset.label_noise,
-    )
+    classes: dict[str, Any] = {"num_classes": dataset.num_classes, "label_noise": dataset.label_noise}
+    if dataset.reader == "dali":
+        from megaclass.data.dali import DaliReader
+
+        return DaliReader(
+            dataset.path, dataset.split, **common, **policy, **classes, device=device or torch.device("cpu")
+        )
+    return IndexedReader(dataset.path, dataset.split, **common, **policy, **classes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,27 @@ class StoredSamples:
         self._image_size = image_size
         self._channels = channels
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._max_open_shards = _MAX_OPEN_SHARDS
+
+    def twin(self, num_twins: int) -> StoredSamples:
+        """The same samples with open files of its own, for one of `num_twins` threads; the index is shared."""
+        other = copy(self)
+        other._files = OrderedDict()
+        other._max_open_shards = max(1, _MAX_OPEN_SHARDS // num_twins)
+        return other
+
+    def encoded(self, sample_id: int) -> tuple[SampleMembers, int, str]:
+        """A sample before it is decoded: its members, its label in [0, num_classes), and where it lies, in words.
+
+        Raises:
+            BadSample: it cannot be read, or the label is not the one of the index.
+        """
+        sample, where = self._read_members(sample_id)
+        try:
+            check_label(sample.label, int(self._records[sample_id]["label"]), self._num_stored_classes)
+        except BadSample as error:
+            raise error.located(where, str(self._paths[int(self._shard_numbers[sample_id])]), sample.key) from None
+        return sample, int(self._new_labels[sample.label]), where
 
     def read(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[int, BadSample]]:
         """Read, check and decode samples.
@@ -134,13 +156,12 @@ class StoredSamples:
 
     def _read_one(self, sample_id: int, target: NDArray[np.uint8]) -> int:
         """Decode a sample into `target`; returns its label."""
-        sample, where = self._read_members(sample_id)
+        sample, label, where = self.encoded(sample_id)
         try:
-            check_label(sample.label, int(self._records[sample_id]["label"]), self._num_stored_classes)
             decode_into(sample.image, sample.extension, target)
         except BadSample as error:
             raise error.located(where, str(self._paths[int(self._shard_numbers[sample_id])]), sample.key) from None
-        return int(self._new_labels[sample.label])
+        return label
 
     def _read_members(self, sample_id: int) -> tuple[SampleMembers, str]:
         """The members of a sample, and where they lie, in words."""
@@ -162,7 +183,7 @@ class StoredSamples:
         if shard in self._files:
             self._files.move_to_end(shard)
         else:
-            if len(self._files) >= _MAX_OPEN_SHARDS:
+            if len(self._files) >= self._max_open_shards:
                 os.close(self._files.popitem(last=False)[1])
             self._files[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
         return self._files[shard]

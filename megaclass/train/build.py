@@ -100,6 +100,7 @@ def build_reader(config: Config, world: World) -> Reader:
         world_size=world.size,
         accumulation_steps=train.accumulation_steps,
         seed=train.seed,
+        device=world.device,
     )
 
 

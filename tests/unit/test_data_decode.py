@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from megaclass.data.bad_samples import REASONS, BadSample
-from megaclass.data.decode import decode_image
+from megaclass.data.decode import decode_image, judge_header, judge_jpeg_data
 from tests.support.tiny_dataset import encode, tiny_image
 
 PIXELS = tiny_image(3, 0, 16, 3)
@@ -68,29 +68,29 @@ def test_other_sizes_are_resized_with_antialiasing() -> None:
     assert decode_image(saved(PICTURE.resize((5, 40))), "png", 16, 3).shape == (16, 16, 3)
 
 
-@pytest.mark.parametrize(
-    ("data", "extension", "reason", "text"),
-    [
-        (b"", "png", "bad-image", "not a PNG file"),
-        (b"", "jpg", "bad-image", "JPEG does not decode"),
-        (b"not an image", "png", "bad-image", "not a PNG file: starts with b'not an i'"),
-        (saved(PICTURE)[:-60], "png", "bad-image", "PNG does not decode: .*truncated"),
-        (saved(PICTURE)[:40], "png", "bad-image", "PNG does not decode"),
-        (saved(PICTURE, "JPEG")[:-100], "jpg", "bad-image", "JPEG does not decode: .*[Pp]remature end"),
-        (saved(PICTURE, "JPEG"), "png", "bad-image", "not a PNG file"),
-        (saved(PICTURE), "jpg", "bad-image", "JPEG does not decode"),
-        (saved(PICTURE.convert("CMYK"), "JPEG"), "jpg", "unsupported-image", "JPEG in CMYK"),
-        (saved(Image.fromarray(np.full((8, 8), 999, np.uint16))), "png", "unsupported-image", "16 bits per channel"),
-        (saved(Image.new("RGBA", (8, 8), (1, 2, 3, 254))), "png", "unsupported-image", "transparent pixels"),
-        (saved(Image.new("L", (8, 8), 3), transparency=3), "png", "unsupported-image", "transparent pixels"),
-        (
-            saved(PICTURE, save_all=True, append_images=[PICTURE.rotate(90)]),
-            "png",
-            "unsupported-image",
-            "animated PNG",
-        ),
-    ],
-)
+BAD_IMAGES = [
+    (b"", "png", "bad-image", "not a PNG file"),
+    (b"", "jpg", "bad-image", "JPEG does not decode"),
+    (b"not an image", "png", "bad-image", "not a PNG file: starts with b'not an i'"),
+    (saved(PICTURE)[:-60], "png", "bad-image", "PNG does not decode: .*truncated"),
+    (saved(PICTURE)[:40], "png", "bad-image", "PNG does not decode"),
+    (saved(PICTURE, "JPEG")[:-100], "jpg", "bad-image", "JPEG does not decode: .*[Pp]remature end"),
+    (saved(PICTURE, "JPEG"), "png", "bad-image", "not a PNG file"),
+    (saved(PICTURE), "jpg", "bad-image", "JPEG does not decode"),
+    (saved(PICTURE.convert("CMYK"), "JPEG"), "jpg", "unsupported-image", "JPEG in CMYK"),
+    (saved(Image.fromarray(np.full((8, 8), 999, np.uint16))), "png", "unsupported-image", "16 bits per channel"),
+    (saved(Image.new("RGBA", (8, 8), (1, 2, 3, 254))), "png", "unsupported-image", "transparent pixels"),
+    (saved(Image.new("L", (8, 8), 3), transparency=3), "png", "unsupported-image", "transparent pixels"),
+    (
+        saved(PICTURE, save_all=True, append_images=[PICTURE.rotate(90)]),
+        "png",
+        "unsupported-image",
+        "animated PNG",
+    ),
+]
+
+
+@pytest.mark.parametrize(("data", "extension", "reason", "text"), BAD_IMAGES)
 def test_bad_images_have_a_reason(data: bytes, extension: str, reason: str, text: str) -> None:
     with pytest.raises(BadSample) as caught:
         decode_image(data, extension, 16, 3)
@@ -132,3 +132,42 @@ def test_damaged_bytes_raise_nothing_but_bad_sample() -> None:
                 reasons.add(error.reason)
     assert "bad-image" in reasons
     assert reasons <= set(REASONS)
+
+
+def test_a_jpeg_can_be_judged_without_its_pixels() -> None:
+    """What a walk through its data finds is what decoding finds, word for word."""
+    random = np.random.default_rng(0)
+    outcomes = set()
+    for options in ({"subsampling": 0}, {"subsampling": 2}, {"progressive": True}):
+        data = saved(PICTURE.resize((40, 40)), "JPEG", quality=90, **options)
+        for _ in range(300):
+            changed = bytearray(data)
+            for place in random.integers(0, len(data), random.integers(1, 4)):
+                changed[place] = random.integers(256)
+            told = []
+            for judge in (lambda data: decode_image(data, "jpg", 16, 3), judge_jpeg_data):
+                try:
+                    judge_header(bytes(changed), "jpg")
+                    judge(bytes(changed))
+                    told.append("")
+                except BadSample as error:
+                    told.append(error.detail)
+            assert told[0] == told[1]
+            outcomes.add(bool(told[0]))
+    assert outcomes == {False, True}
+
+
+def test_headers_say_what_decoders_may_differ_in() -> None:
+    assert judge_header(saved(PICTURE), "png") == (16, 16, True, False)
+    assert judge_header(saved(PICTURE.resize((5, 40)), "JPEG", subsampling=0), "jpg") == (5, 40, True, False)
+    assert judge_header(saved(PICTURE, "JPEG", subsampling=2), "jpg") == (16, 16, True, True)
+    assert judge_header(saved(PICTURE.convert("L"), "JPEG"), "jpg") == (16, 16, True, False)
+    for data, extension in (
+        (saved(PICTURE.convert("RGBA")), "png"),
+        (saved(PICTURE.convert("1")), "png"),
+        (saved(PICTURE.convert("P"), transparency=0), "png"),
+        (saved(PICTURE)[:-12], "png"),
+        (saved(PICTURE, "JPEG", keep_rgb=True), "jpg"),
+        (saved(PICTURE, "JPEG")[:-2], "jpg"),
+    ):
+        assert not judge_header(data, extension).is_plain

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megaclass.config import Augment, Dataset, Synthetic
+from megaclass.data.dali import DaliReader
 from megaclass.data.indexed import IndexedReader
 from megaclass.data.open import open_reader
 from megaclass.data.stream import StreamReader
@@ -15,7 +16,8 @@ from tests.support.tiny_dataset import write_tiny_dataset
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("indexed", IndexedReader), ("stream", StreamReader), ("synthetic", SyntheticReader)]
+    ("name", "kind"),
+    [("indexed", IndexedReader), ("dali", DaliReader), ("stream", StreamReader), ("synthetic", SyntheticReader)],
 )
 def test_the_reader_named_is_opened_with_its_options(tmp_path: Path, name: str, kind: type) -> None:
     folder = write_tiny_dataset(tmp_path, 13, 4, 9, 3)
