@@ -14,13 +14,13 @@ from megaclass.config.models import (
     Evaluate,
     Observe,
     Optim,
-    Remote,
     Run,
     Schedule,
-    Section,
     Synthetic,
     Train,
 )
+from megaclass.config.remote import Remote
+from megaclass.config.section import Section
 
 __all__ = [
     "Augment",

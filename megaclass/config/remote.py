@@ -63,8 +63,8 @@ def remote_faults(dataset: Dataset, evaluate_path: Location | None, hang_seconds
     remote, patience = dataset.remote, dataset.remote.patience_seconds
     if any(isinstance(path, Address) for path in (dataset.path, evaluate_path)) and patience >= hang_seconds:
         faults.append(
-            f"dataset.remote.attempts {remote.attempts} of {remote.timeout_seconds:g} s may take {patience:g} s with the "
-            f"waits between, and run.hang_seconds {hang_seconds:g} would end the run before; lower them, or set "
+            f"dataset.remote.attempts {remote.attempts} of {remote.timeout_seconds:g} s may take {patience:g} s with "
+            f"the waits between, and run.hang_seconds {hang_seconds:g} would end the run before; lower them, or set "
             f"run.hang_seconds above {patience:g}"
         )
     return faults

@@ -81,7 +81,9 @@ def _parse_address(scheme: str, value: str) -> Address:
             "~/.netrc for http(s), or where s3fs and gcsfs look for them (AWS_..., GOOGLE_APPLICATION_CREDENTIALS)"
         )
     if "?" in value or "#" in value:
-        raise ValueError("no query or signature in an address (? or #): it names a folder and is written to config.yaml")
+        raise ValueError(
+            "no query or signature in an address (? or #): it names a folder and is written to config.yaml"
+        )
     path = parts.path.rstrip("/")
     is_good = value.startswith(f"{value[: len(scheme)]}://") and is_port_good
     if not is_good or not _HOST.fullmatch(parts.netloc) or not _PATH.fullmatch(path):

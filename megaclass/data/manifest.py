@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megaclass.data.address import Location
 from megaclass.errors import DataError
 
 FORMAT = 1
@@ -111,7 +112,7 @@ def load_manifest(folder: Path) -> Manifest:
         ) from None
 
 
-def load_split(folder: Path, manifest: Manifest, split: str) -> SplitInfo:
+def load_split(folder: Location, manifest: Manifest, split: str) -> SplitInfo:
     """The entry of one split, or a `DataError` that lists the splits there are."""
     if split not in manifest.splits:
         raise DataError(f"data set {folder} has no split {split!r}; it has {', '.join(sorted(manifest.splits))}")

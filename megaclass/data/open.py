@@ -5,6 +5,7 @@ Separate so that only this file knows all readers, and so that the webdataset li
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from megaclass.config import Dataset
@@ -47,7 +48,9 @@ def open_reader(
     if dataset.reader == "stream":
         from megaclass.data.stream import StreamReader
 
-        return StreamReader(dataset.path, dataset.split, **common, **policy)
+        stream: dict[str, Any] = {"shuffle_window": dataset.shuffle_window, "remote": dataset.remote}
+        return StreamReader(dataset.path, dataset.split, **common, **policy, **stream)
+    assert isinstance(dataset.path, Path), dataset.path
     return IndexedReader(
         dataset.path,
         dataset.split,
