@@ -100,8 +100,8 @@ class ShardStream:
         self._filled = np.flatnonzero(self._sizes)
         if len(self._filled) < world_size:
             raise DataError(
-                f"split {split!r} of {files.location} has {len(self._filled)} shards with samples for {world_size} ranks; "
-                "use dataset.reader: indexed, or make the data set with more shards"
+                f"split {split!r} of {files.location} has {len(self._filled)} shards with samples for {world_size} "
+                "ranks; use dataset.reader: indexed, or make the data set with more shards"
             )
 
     def samples(self, num_consumed: int) -> Iterator[RawSample]:
