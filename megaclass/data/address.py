@@ -70,6 +70,9 @@ def parse_location(value: object) -> Location:
 
 
 def _parse_address(scheme: str, value: str) -> Address:
+    if not value.isascii() or not value.isprintable():
+        # Below, line breaks would be dropped without a word.
+        raise ValueError(f"not an address; give {scheme}://host/folder in printable ASCII characters")
     try:
         parts = urlsplit(value)
         is_port_good = parts.port is None or scheme in ("http", "https")

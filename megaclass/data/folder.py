@@ -8,6 +8,7 @@ only with the SHA-256 that the manifest gives. The manifest itself is what is tr
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -164,16 +165,18 @@ class RemoteFolder(DataFolder):
         expected = Expected(MANIFEST_NAME, _MOST_MANIFEST_BYTES, check=_check_json)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         with open(os.open(new, flags, 0o600), "r+b", buffering=0) as file:
+            # Nobody makes room of it, here and under its later name, until it is known to be good.
+            fcntl.flock(file, fcntl.LOCK_SH)
             download(self._source, url, expected, file, self._remote, self._never)
-        content = new.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        folder = self._cache.folder / digest
-        folder.mkdir(mode=0o700, exist_ok=True)
-        os.replace(new, folder / MANIFEST_NAME)
-        try:
-            load_manifest(folder)
-        except DataError as error:
-            raise DataError(str(error).replace(str(folder / MANIFEST_NAME), url)) from None
+            content = new.read_bytes()
+            digest = hashlib.sha256(content).hexdigest()
+            folder = self._cache.folder / digest
+            folder.mkdir(mode=0o700, exist_ok=True)
+            os.replace(new, folder / MANIFEST_NAME)
+            try:
+                load_manifest(folder)
+            except DataError as error:
+                raise DataError(str(error).replace(str(folder / MANIFEST_NAME), url)) from None
         return digest, len(content)
 
 

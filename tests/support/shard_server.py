@@ -41,6 +41,7 @@ class ShardServer:
     folder: Path
     faults: dict[str, list[Fault]] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
+    authorizations: list[str] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
     port: int = 0
     released: threading.Event = field(default_factory=threading.Event)
@@ -87,6 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = self.path.rsplit("/", 1)[-1].split("?")[0]
         asked = self.headers.get("Range", "")
         self.shared.requests.append((name, asked))
+        self.shared.authorizations.append(self.headers.get("Authorization", ""))
         self.shared.before(name)
         waiting = self.shared.faults.get(name, []) or self.shared.faults.get("*", [])
         fault = waiting.pop(0) if waiting else Fault("")

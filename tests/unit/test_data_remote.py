@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import errno
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
 from megaclass.config import Remote
 from megaclass.data import download as download_module
 from megaclass.data import folder as folder_module
+from megaclass.data import sources as sources_module
 from megaclass.data.address import Address, parse_location
 from megaclass.data.folder import files_of, open_folder
 from megaclass.data.manifest import load_manifest
@@ -387,6 +393,79 @@ def test_a_cache_that_cannot_be_written(server: ShardServer, tmp_path: Path) -> 
         DataError, match=r"cache folder .*/cache cannot be used: .*give another dataset\.remote\.cache_dir"
     ):
         open_folder(parse_location(server.url), remote(tmp_path))
+
+
+def test_a_full_disk_is_told_and_is_no_fault_of_the_server(
+    server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = open_folder(parse_location(server.url), remote(tmp_path))
+
+    def full(part: object, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(download_module._Part, "add", full)
+    text = r"cache folder .* cannot be used: No space left on device; make room, or give"
+    with pytest.raises(DataError, match=text), files.hold(SHARD):
+        raise AssertionError("nothing was written")
+    assert server.counts()[SHARD] == 1
+    assert not list(files.folder.glob("*.part"))
+
+
+def test_a_password_comes_from_netrc_and_goes_to_its_host_only(
+    server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password hush\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    server.faults[SHARD] = [Fault("redirect", f"http://localhost:{server.port}/x/{SHARD}")]
+    hold(server, tmp_path, redirect_hosts=["localhost"])
+    basic = "Basic " + base64.b64encode(b"me:hush").decode()
+    assert server.authorizations == [basic, basic, ""]
+
+
+@pytest.fixture
+def failures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """An object store of fsspec's own, in memory, that raises these errors first, of the kinds s3fs and gcsfs have."""
+    memory = fsspec.filesystem("memory", skip_instance_cache=True)
+    monkeypatch.setattr(type(memory), "store", {})
+    for path in folder.iterdir():
+        memory.pipe_file(f"/bucket/sets/{path.name}", path.read_bytes())
+    store, waiting = AsyncFileSystemWrapper(memory, asynchronous=False), []
+    whole = store._cat_file
+
+    async def failing(path: str, **options: Any) -> bytes:
+        if waiting:
+            raise waiting.pop(0)
+        found: bytes = await whole(path, **options)
+        return found
+
+    monkeypatch.setattr(store, "_cat_file", failing)
+    monkeypatch.setattr(fsspec, "filesystem", lambda scheme, **options: store)
+    return waiting
+
+
+def test_an_object_store_is_read_in_ranges(
+    failures: list[Exception], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources_module, "_RANGE_BYTES", 1000)
+    files = open_folder(Address("s3", "bucket", "/sets"), remote(tmp_path))
+    failures.extend([OSError("SlowDown"), TimeoutError()])
+    with files.hold(SHARD):
+        assert (files.folder / SHARD).read_bytes() == (folder / SHARD).read_bytes()
+    assert not failures
+    for errors, text in (
+        ([PermissionError("AccessDenied")], r"train-000001\.tar .*\(attempt 1\): access is denied: PermissionError"),
+        ([RuntimeError("no credentials")], r"\(attempt 1\): RuntimeError: no credentials"),
+        (
+            [OSError("SlowDown https://x/?sig=hush") for _ in range(3)],
+            r"in 3 attempts; the last ended with: OSError: SlowDown https://x/\?\.\.\.;",
+        ),
+    ):
+        failures.extend(errors)
+        with pytest.raises(DataError, match=text), files.hold("train-000001.tar"):
+            raise AssertionError("it was not fetched")
+    with pytest.raises(DataError, match=r"s3://bucket/none/dataset\.json .*: there is no such object; check"):
+        open_folder(Address("s3", "bucket", "/none"), remote(tmp_path))
 
 
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
