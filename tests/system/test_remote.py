@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,15 +10,23 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from megaclass.cli import main
+from megaclass.config import Remote
+from megaclass.data.address import parse_location
+from megaclass.data.folder import open_folder
 from megaclass.observe.journal import read_metrics
+from megaclass.parallel.process import World
 from tests.support.shard_server import Fault, ShardServer, serve
+from tests.support.spawn import spawn
 from tests.support.tiny_dataset import write_tiny_dataset
 from tests.support.training import sample_ids, small_config, train
 from tests.system.test_resume import digest, start
@@ -143,6 +152,42 @@ def test_killed_in_mid_download_and_continued(dataset: Path, server: ShardServer
 def saved(run_dir: Path) -> list[int]:
     """Steps of the complete checkpoints of a run."""
     return [int(path.parent.name[5:]) for path in (run_dir / "checkpoints").glob("step-?????????/manifest.json")]
+
+
+def _read_over_and_over(world: World, url: str, remote: dict[str, Any], digests: dict[str, str]) -> int:
+    """Every rank reads all shards in orders of its own, with one ahead; the most that was ever in the cache."""
+    files = open_folder(parse_location(url), Remote.model_validate(remote))
+    rng, most = np.random.default_rng(world.rank), 0
+    for _ in range(4):
+        names = rng.permutation(sorted(digests)).tolist()
+        for name, following in pairwise([*names, names[0]]):
+            with files.hold(name):
+                files.fetch_ahead(following)
+                assert hashlib.sha256((files.folder / name).read_bytes()).hexdigest() == digests[name]
+                most = max(most, _cached(Path(remote["cache_dir"])))
+    files.close()
+    return most
+
+
+def _cached(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+@pytest.mark.distributed
+def test_processes_share_a_cache_that_is_too_small_for_what_they_fetch_ahead(
+    dataset: Path, server: ShardServer, tmp_path: Path
+) -> None:
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in dataset.glob("train-*.tar")}
+    size = max(path.stat().st_size for path in dataset.glob("train-*.tar"))
+    bound = 4 * size + (dataset / "dataset.json").stat().st_size + 1000
+    remote = {"cache_dir": str(tmp_path / "cache"), "cache_gib": bound / 2**30, "timeout_seconds": 20}
+    most = spawn(_read_over_and_over, 3, server.url, remote, digests)
+    assert 3 * size < max(most) <= bound
+    assert sum(server.counts()[name] for name in digests) < 3 * 4 * 7, "what others fetched is used"
 
 
 def run_file(content: dict[str, Any], tmp_path: Path) -> Path:
