@@ -44,6 +44,7 @@ LAYERS = {
     "backbones": 1,
     "data.batch": 1,
     "data.manifest": 1,
+    "data.address": 1,
     "config": 1,
     "objectives": 0,
     "kernels": 0,
@@ -58,7 +59,7 @@ COMMUNICATION = {
     "broadcast", "gather", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "scatter",
     "send", "recv", "isend", "irecv", "all_gather_object", "broadcast_object_list", "gather_object", "barrier",
 }  # fmt: skip
-OPTIONAL = {"deepspeed", "faiss", "nvidia", "triton", "onnx"}
+OPTIONAL = {"deepspeed", "faiss", "nvidia", "triton", "onnx", "s3fs", "gcsfs"}
 
 
 def module_name(path: Path) -> str:

@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, cycle
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -55,7 +56,8 @@ def sources(config: Config, world: World, workers: Sequence[int]) -> tuple[list[
     found: list[Source] = []
     missing: dict[str, str] = {}
     is_stored = config.dataset.reader != "synthetic"
-    if is_stored:
+    is_folder = isinstance(config.dataset.path, Path)
+    if is_folder:
         found += [
             Source(BYTES, {}, lambda position: _bytes(config, world, position)),
             Source(DECODING, {}, lambda position: _decoding(config, world, position)),
@@ -63,6 +65,9 @@ def sources(config: Config, world: World, workers: Sequence[int]) -> tuple[list[
     for reader in get_args(Dataset.model_fields["reader"].annotation):
         # Synthetic images are no way to the stored ones.
         if (reader == "synthetic") == is_stored:
+            continue
+        if is_stored and not is_folder and reader != "stream":
+            missing[reader] = f"reads single samples, and {config.dataset.path} is not a disk of this machine"
             continue
         for augment in dict.fromkeys((Augment(), config.dataset.augment)):
             for number in workers:
@@ -94,7 +99,7 @@ def _reading(config: Config, world: World) -> Callable[[int], Images]:
 
 def _stored(config: Config) -> StoredSamples:
     dataset = config.dataset
-    assert dataset.path is not None
+    assert isinstance(dataset.path, Path), dataset.path
     return StoredSamples(
         dataset.path, dataset.split, image_size=dataset.image_size, channels=dataset.channels,
         num_classes=dataset.num_classes,

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from megaclass.data.address import Location, parse_location, redact
+from megaclass.errors import ConfigError
 
 
 def command(
@@ -22,6 +26,22 @@ def command(
     )
     made.set_defaults(command=function, takes_options=takes_options)
     return made
+
+
+def data_location(argument: str, value: str) -> Location:
+    """The folder or address of a data set that an argument gives; `ConfigError` for neither."""
+    try:
+        return parse_location(value)
+    except ValueError as error:
+        raise ConfigError(f"{argument} {redact(value)}: {error}") from None
+
+
+def data_folder(argument: str, value: str) -> Path:
+    """The folder of a data set on this machine that an argument gives; `ConfigError` for an address."""
+    found = data_location(argument, value)
+    if not isinstance(found, Path):
+        raise ConfigError(f"{argument} {found}: this needs the whole data set on a disk; copy it to a folder first")
+    return found
 
 
 class Progress:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megaclass.cli.command import Progress, command
+from megaclass.cli.command import Progress, command, data_folder
 from megaclass.errors import ConfigError, DataError
 
 
@@ -58,7 +58,7 @@ def add_to(commands: Any) -> None:
     subset.add_argument("--num-classes", type=int, help="as many classes to train on, those of dataset.num_classes")
     subset.add_argument("--samples-per-class", type=int, help="the first so many samples of each")
     for made in (reshard, subset):
-        made.add_argument("folder", type=Path, metavar="DIR")
+        made.add_argument("folder", metavar="DIR")
         made.add_argument("--out", type=Path, required=True, metavar="DIR")
         made.add_argument("--samples-per-shard", type=int, required=made is reshard, help="samples in one tar shard")
         made.add_argument("--name", help="name of the copy")
@@ -70,7 +70,7 @@ def add_to(commands: Any) -> None:
     preview.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture: .png")
     preview.add_argument("--count", type=int, default=64, help="images (default 64)")
     verify = command(kinds, "verify", _data_verify, "check every shard of a data set against its manifest")
-    verify.add_argument("folder", type=Path, metavar="DIR")
+    verify.add_argument("folder", metavar="DIR")
     verify.add_argument("--json", action="store_true")
 
 
@@ -142,7 +142,7 @@ def _data_copy(known: argparse.Namespace) -> int:
     names = ("num_classes", "samples_per_class", "samples_per_shard", "name", "overwrite")
     options = {name: getattr(known, name) for name in names if getattr(known, name) is not None}
     with Progress("samples") as progress:
-        report = copy_dataset(known.folder, known.out, progress=progress, **options)
+        report = copy_dataset(data_folder("DIR", known.folder), known.out, progress=progress, **options)
     print(report.text())
     return 0
 
@@ -166,6 +166,6 @@ def _data_verify(known: argparse.Namespace) -> int:
     from megaclass.prepare.verify import verify
 
     with Progress("samples") as progress:
-        report = verify(known.folder, progress)
+        report = verify(data_folder("DIR", known.folder), progress)
     print(json.dumps(report.as_dict(), indent=2) if known.json else report.text())
     return 0 if report.ok else DataError.exit_code

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megaclass.cli.command import Progress, command
+from megaclass.cli.command import Progress, command, data_location
 from megaclass.errors import ConfigError
 
 
@@ -67,7 +67,7 @@ def _add_evaluate(commands: Any) -> None:
         commands, "evaluate", _evaluate, "judge a trained run on a data set: verification, identification, retrieval"
     )
     made.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    made.add_argument("--data", type=Path, metavar="DIR", help="data set (default: the run's)")
+    made.add_argument("--data", metavar="DIR", help="data set, a folder or an address (default: the run's)")
     made.add_argument("--split", help="split (default: unseen where there is one, else the only one)")
     made.add_argument(
         "--protocol", action="append", choices=["verification", "identification", "retrieval", "one-shot"]
@@ -84,8 +84,9 @@ def _evaluate(known: argparse.Namespace) -> int:
     from megaclass.evaluate.judge import table
     from megaclass.train.trained import judge_run
 
+    data = None if known.data is None else data_location("--data", known.data)
     results = judge_run(
-        known.run, data=known.data, split=known.split, protocols=known.protocol, gallery_source=known.gallery_source,
+        known.run, data=data, split=known.split, protocols=known.protocol, gallery_source=known.gallery_source,
         checkpoint=known.checkpoint, batch_size=known.batch_size, baselines=known.baselines, device=known.device,
     )  # fmt: skip
     if known.json:

@@ -19,6 +19,7 @@ from megaclass.config.models import (
     Synthetic,
     Train,
 )
+from megaclass.config.remote import Remote
 from megaclass.config.section import Section
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Evaluate",
     "Observe",
     "Optim",
+    "Remote",
     "Run",
     "Schedule",
     "Section",

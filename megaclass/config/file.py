@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megaclass.config.models import Config
+from megaclass.data.address import redact
 from megaclass.errors import ConfigError
 
 
@@ -132,7 +133,7 @@ def _describe(item: Any) -> list[str]:
             allowed += f"; did you mean {near[0]!r}?" if near else ""
     elif kind == "float_parsing" or kind == "int_parsing":
         allowed = f"must be a number ({allowed})"
-    shown = repr(value) if not isinstance(value, float) or math.isfinite(value) else str(value)
+    shown = redact(repr(value)) if not isinstance(value, float) or math.isfinite(value) else str(value)
     return [f"{name}: {shown[:80]} is not allowed: {allowed}"]
 
 

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from megaclass.config.augment import Augment
+from megaclass.config.remote import DataLocation, Remote, remote_faults
 from megaclass.config.section import Section
 
 # A change is listed once a test has compared it with the default reader's; any other is refused.
@@ -37,7 +38,10 @@ class Synthetic(Section):
 class Dataset(Section):
     """Where the training samples come from."""
 
-    path: Path | None = Field(None, description="folder with a dataset.json (not for the synthetic reader)")
+    path: DataLocation | None = Field(
+        None,
+        description="folder with a dataset.json, or stream: http(s)://, s3://, gs:// (not for the synthetic reader)",
+    )
     split: str = Field("train", description="split of that data set to train on")
     reader: Literal["indexed", "dali", "stream", "synthetic"] = Field(
         "indexed",
@@ -57,6 +61,10 @@ class Dataset(Section):
     )
     on_bad_sample: Literal["stop", "skip"] = Field("stop", description="what an unreadable sample does")
     bad_sample_budget: float = Field(0.001, ge=0, le=1, description="largest share of skipped samples before stopping")
+    shuffle_buffer: int | None = Field(
+        None, ge=1, description="stream: samples in the buffer that mixes shards, of each rank; default 1000"
+    )
+    remote: Remote = Remote()
     augment: Augment = Augment()
     synthetic: Synthetic = Synthetic()
 
@@ -69,6 +77,13 @@ class Dataset(Section):
         }.get(info.data.get("reader", ""))
         if value is not None and reason is not None:
             raise PydanticCustomError("reader", "{reason}", {"reason": reason})
+        return value
+
+    @field_validator("shuffle_buffer")
+    @classmethod
+    def _only_streamed(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("reader") != "stream":
+            raise PydanticCustomError("reader", "only dataset.reader stream has a buffer; leave it out")
         return value
 
     @field_validator("label_noise")
@@ -236,7 +251,7 @@ class Train(Section):
 class Evaluate(Section):
     """Evaluation on classes never trained on, during and after training."""
 
-    path: Path | None = Field(None, description="data set folder; default: dataset.path")
+    path: DataLocation | None = Field(None, description="data set folder or address; default: dataset.path")
     split: str = Field("unseen", description="its split")
     every: int | None = Field(None, ge=1, description="steps between evaluations; default: only at the end")
     protocols: tuple[Literal["verification", "identification", "retrieval", "one-shot"], ...] = Field(
@@ -295,6 +310,7 @@ class Config(Section):
                 "dataset.path is required; make a data set with `megaclass data glyphs --out data/glyphs` and give "
                 "dataset.path: data/glyphs"
             )
+        faults += remote_faults(self.dataset, self.evaluate.path, self.run.hang_seconds)
         synthetic = self.dataset.synthetic
         if synthetic.num_populated is not None and synthetic.num_populated > synthetic.num_classes:
             faults.append(

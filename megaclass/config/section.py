@@ -1,4 +1,7 @@
-"""`Section`: what all groups of options have in common."""
+"""What every group of options has in common.
+
+Separate because groups stand in more than one file.
+"""
 
 from __future__ import annotations
 

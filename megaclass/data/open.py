@@ -6,6 +6,7 @@ used.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +59,9 @@ def open_reader(
     if dataset.reader == "stream":
         from megaclass.data.stream import StreamReader
 
-        return StreamReader(dataset.path, dataset.split, **common, **policy)
+        stream: dict[str, Any] = {"shuffle_buffer": dataset.shuffle_buffer, "remote": dataset.remote}
+        return StreamReader(dataset.path, dataset.split, **common, **policy, **stream)
+    assert isinstance(dataset.path, Path), dataset.path
     classes: dict[str, Any] = {"num_classes": dataset.num_classes, "label_noise": dataset.label_noise}
     if dataset.reader == "dali":
         from megaclass.data.dali import DaliReader

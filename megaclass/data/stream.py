@@ -9,7 +9,8 @@ epoch, and a shard that does not hold exactly the samples of its manifest ends t
 
 Each shard is opened, checked and taken apart by us, and webdataset only shuffles: its reading stops at a broken header
 without a word, takes several times as long, splits the list again inside DataLoader workers, and runs commands given as
-`pipe:`. Here shards are local files of the manifest, read in the trainer's process; workers only decode.
+`pipe:`. Here shards are files of the manifest on a local disk, read in the trainer's process; workers only decode.
+Those behind an address are brought to the disk by `folder.py`, the next one while one is read.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -26,19 +26,21 @@ import torch
 import webdataset
 from numpy.typing import NDArray
 
-from megaclass.config import Augment
+from megaclass.config import Augment, Remote
+from megaclass.data.address import Address, Location
 from megaclass.data.bad_samples import BadSample, SkipBudget
 from megaclass.data.batch import Batch
 from megaclass.data.counter import Stream, hash_counters
 from megaclass.data.decode import decode_into
-from megaclass.data.manifest import SplitInfo, load_index, load_manifest, load_split
+from megaclass.data.folder import DataFolder, open_folder
+from megaclass.data.manifest import ShardInfo, SplitInfo, load_index, load_split
 from megaclass.data.members import check_label, check_shard, parse_label, read_samples
 from megaclass.data.reader import BatchReader, check_enough_samples
 from megaclass.data.samples import check_shard_files
 from megaclass.data.transforms import transform
 from megaclass.errors import DataError
 
-_BUFFER_SAMPLES = 1000
+DEFAULT_WINDOW = 1000
 
 
 @dataclass(frozen=True)
@@ -72,29 +74,39 @@ class ShardStream:
     """The endless sequence of raw samples of one rank.
 
     Args:
-        folder: of the data set.
+        files: the data set.
         split: its name; `info`: its manifest entry.
         rank, world_size: the shards of an epoch, in an order drawn from (seed, epoch), are dealt to ranks in turn.
         seed: of the order of shards and of the buffer.
         shuffle: False keeps shards and samples in manifest order.
+        window: samples in the buffer, which is filled anew in each epoch; 1 keeps the order within the shards.
 
     Raises:
         DataError: fewer shards with samples than ranks.
     """
 
     def __init__(
-        self, folder: Path, split: str, info: SplitInfo, *, rank: int, world_size: int, seed: int, shuffle: bool
+        self,
+        files: DataFolder,
+        split: str,
+        info: SplitInfo,
+        *,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shuffle: bool,
+        window: int = DEFAULT_WINDOW,
     ) -> None:
-        self._folder, self._split, self._info = Path(folder), split, info
+        self._files, self._split, self._info = files, split, info
         self._rank, self._world_size = rank, world_size
-        self._seed, self._shuffle = seed, shuffle
+        self._seed, self._shuffle, self._window = seed, shuffle, window
         self._sizes = np.array([shard.num_samples for shard in info.shards], np.int64)
         self._first_ids = np.cumsum(self._sizes) - self._sizes
         self._filled = np.flatnonzero(self._sizes)
         if len(self._filled) < world_size:
             raise DataError(
-                f"split {split!r} of {folder} has {len(self._filled)} shards with samples for {world_size} ranks; use "
-                "dataset.reader: indexed, or make the data set with more shards"
+                f"split {split!r} of {files.location} has {len(self._filled)} shards with samples for {world_size} "
+                "ranks; use dataset.reader: indexed, or make the data set with more shards"
             )
 
     def samples(self, num_consumed: int) -> Iterator[RawSample]:
@@ -104,11 +116,16 @@ class ShardStream:
             ends = np.cumsum(self._sizes[shards])
             left = shards[np.searchsorted(ends, num_consumed, side="right") :].tolist()
             num_consumed = max(0, num_consumed - int(ends[-1]))
-            source = (sample for shard in left for sample in self._read(epoch, shard))
+            following = [*left[1:], int(self.shards_of_epoch(epoch + 1)[0])]
+            source = (
+                sample
+                for shard, next_shard in zip(left, following, strict=False)
+                for sample in self._read(epoch, shard, next_shard)
+            )
             if self._shuffle:
                 # A buffer of its own for each epoch: one that ran on would mix several epochs of a small data set.
                 key = int(hash_counters(self._seed, Stream.SHUFFLE_BUFFER, self._rank, epoch))
-                source = webdataset.shuffle(_BUFFER_SAMPLES, rng=random.Random(key))(source)
+                source = webdataset.shuffle(self._window, rng=random.Random(key))(source)
             yield from source
 
     def shards_of_epoch(self, epoch: int) -> NDArray[np.int64]:
@@ -122,17 +139,23 @@ class ShardStream:
         """[num_classes] int64, samples of each class in the split, from the index files."""
         counts = np.zeros(self._info.num_classes, np.int64)
         for shard in self._filled.tolist():
-            counts += np.bincount(self._index_labels(shard), minlength=len(counts))
+            with self._files.hold(self._info.shards[shard].index):
+                counts += np.bincount(self._index_labels(shard), minlength=len(counts))
         return counts
 
     def _index_labels(self, shard: int) -> NDArray[np.int64]:
         info = self._info.shards[shard]
         alone = self._info.model_copy(update={"shards": [info], "num_samples": info.num_samples})
-        return np.asarray(load_index(self._folder, self._split, alone)[0]["label"])
+        return np.asarray(load_index(self._files.folder, self._split, alone)[0]["label"])
 
-    def _read(self, epoch: int, shard: int) -> Iterator[RawSample]:
-        info = self._info.shards[shard]
-        path = self._folder / info.file
+    def _read(self, epoch: int, shard: int, next_shard: int) -> Iterator[RawSample]:
+        info, following = self._info.shards[shard], self._info.shards[next_shard]
+        with self._files.hold(info.index, info.file):
+            self._files.fetch_ahead(following.index, following.file)
+            yield from self._read_held(epoch, shard, info)
+
+    def _read_held(self, epoch: int, shard: int, info: ShardInfo) -> Iterator[RawSample]:
+        path = self._files.folder / info.file
         check_shard(path, info.num_samples)
         index_labels = self._index_labels(shard).tolist()
         number = 0
@@ -156,7 +179,7 @@ class ShardStream:
         if number != info.num_samples:
             raise DataError(
                 f"shard {path} gave {number} samples but dataset.json says {info.num_samples}; "
-                f"run `megaclass data verify {self._folder}`"
+                f"run `megaclass data verify {self._files.location}`"
             )
 
 
@@ -218,7 +241,8 @@ class RawBatchDecoder:
 class StreamReader(BatchReader):
     """Endless full batches from shards read front to back; see the module for what a position means here.
 
-    Args: as for `IndexedReader`.
+    Args: as for `IndexedReader`; the folder may be an address, fetched as `remote` says; `shuffle_buffer` as `window`
+    of `ShardStream`.
 
     Cost: all index files are read at the start, one at a time, to count the samples of each class.
 
@@ -228,7 +252,7 @@ class StreamReader(BatchReader):
 
     def __init__(
         self,
-        folder: Path,
+        folder: Location,
         split: str,
         *,
         batch_size: int,
@@ -243,12 +267,25 @@ class StreamReader(BatchReader):
         bad_sample_budget: float = 0.001,
         accumulation_steps: int = 1,
         shuffle: bool = True,
+        shuffle_buffer: int | None = None,
+        remote: Remote | None = None,
     ) -> None:
-        info = load_split(folder, load_manifest(folder), split)
-        check_shard_files(folder, info)
+        files = open_folder(folder, remote or Remote())
+        info = load_split(folder, files.manifest, split)
+        if not isinstance(folder, Address):
+            check_shard_files(folder, info)
         what = f"split {split!r} of {folder}"
         check_enough_samples(info.num_samples, batch_size, world_size, accumulation_steps, what)
-        stream = ShardStream(folder, split, info, rank=rank, world_size=world_size, seed=seed, shuffle=shuffle)
+        stream = ShardStream(
+            files,
+            split,
+            info,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            shuffle=shuffle,
+            window=shuffle_buffer or DEFAULT_WINDOW,
+        )
         decoder = RawBatchDecoder(
             num_classes=info.num_classes,
             world_size=world_size,
@@ -271,4 +308,5 @@ class StreamReader(BatchReader):
             num_samples=info.num_samples,
             workers=workers,
             budget=SkipBudget(bad_sample_budget, info.num_samples, world_size),
+            release=files.close,
         )

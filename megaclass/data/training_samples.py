@@ -6,6 +6,7 @@ but must see the labels that training saw. What `open.py` does to the samples of
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 
 from megaclass.config import Config
 from megaclass.data.bad_samples import BadSample
+from megaclass.data.folder import files_of, open_folder
 from megaclass.data.label_noise import with_label_noise
-from megaclass.data.manifest import load_class_names, load_manifest, load_split
+from megaclass.data.manifest import load_class_names, load_split
 from megaclass.data.samples import StoredSamples
 from megaclass.data.synthetic import SyntheticSamples
 
@@ -39,6 +41,7 @@ class TrainingSamples:
     def __init__(self, config: Config) -> None:
         dataset = config.dataset
         self._stored: StoredSamples | None = None
+        self._held = ExitStack()
         self.is_skipping = dataset.on_bad_sample == "skip"
         samples: StoredSamples | SyntheticSamples
         if dataset.reader == "synthetic":
@@ -50,15 +53,18 @@ class TrainingSamples:
         else:
             assert dataset.path is not None
             self.what = f"split {dataset.split!r} of {dataset.path}"
+            self._files = open_folder(dataset.path, dataset.remote)
+            split = load_split(dataset.path, self._files.manifest, dataset.split)
+            # Samples are read in any order: behind an address all files are fetched and held.
+            self._held.enter_context(self._files.hold(split.classes, *files_of(split)))
             samples = self._stored = StoredSamples(
-                dataset.path,
+                self._files.folder,
                 dataset.split,
                 image_size=dataset.image_size,
                 channels=dataset.channels,
                 num_classes=dataset.num_classes,
             )
-            split = load_split(dataset.path, load_manifest(dataset.path), dataset.split)
-            self._names = load_class_names(dataset.path, split).names
+            self._names = load_class_names(self._files.folder, split).names
         self.num_classes, self.num_samples = samples.num_classes, samples.num_samples
         self._samples = with_label_noise(samples, self.num_classes, dataset.label_noise, config.train.seed)
 
@@ -85,3 +91,4 @@ class TrainingSamples:
         """Close the shards."""
         if self._stored is not None:
             self._stored.close()
+        self._held.close()

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from megaclass.config import Config
-from megaclass.data.manifest import load_class_names, load_index, load_manifest, load_split
+from megaclass.data.folder import DataFolder, files_of, open_folder
+from megaclass.data.manifest import load_class_names, load_index, load_split
 from megaclass.data.samples import iterate_split
 from megaclass.errors import DataError
 from megaclass.evaluate.baselines import embed_baselines
@@ -29,13 +29,13 @@ class EvaluationSet:
     """One split with what the protocols need to know of it beside the images.
 
     Attributes:
-        folder, split: where it is.
+        files, split: where it is.
         sources: [num_samples] int64, number of each sample's source, in the split's order.
         groups: name of each class's group, or None.
         gallery_source: number of the source that is the gallery, or None.
     """
 
-    folder: Path
+    files: DataFolder
     split: str
     sources: np.ndarray
     groups: list[str] | None
@@ -43,12 +43,13 @@ class EvaluationSet:
     config: Config
 
     def batches(self, world: World) -> Iterator[LabelledImages]:
-        """This rank's part of the split, from the start."""
+        """This rank's part of the split, from the start; behind an address all of its files are held meanwhile."""
         dataset, evaluate = self.config.dataset, self.config.evaluate
-        return iterate_split(
-            self.folder, self.split, rank=world.rank, world_size=world.size, batch_size=evaluate.batch_size,
-            image_size=dataset.image_size, channels=dataset.channels,
-        )  # fmt: skip
+        with self.files.hold(*files_of(self.files.manifest.splits[self.split])):
+            yield from iterate_split(
+                self.files.folder, self.split, rank=world.rank, world_size=world.size, batch_size=evaluate.batch_size,
+                image_size=dataset.image_size, channels=dataset.channels,
+            )  # fmt: skip
 
     def score(self, embedded: EmbeddedSplit) -> dict[str, Any]:
         """All protocols of the configuration on these embeddings; on one rank."""
@@ -71,18 +72,20 @@ def open_evaluation(config: Config) -> EvaluationSet | None:
     folder = evaluate.path or (None if config.dataset.reader == "synthetic" else config.dataset.path)
     if folder is None or not evaluate.protocols:
         return None
-    manifest = load_manifest(folder)
-    if evaluate.split not in manifest.splits and evaluate.path is None and evaluate.every is None:
+    files = open_folder(folder, config.dataset.remote)
+    if evaluate.split not in files.manifest.splits and evaluate.path is None and evaluate.every is None:
         return None
-    split = load_split(folder, manifest, evaluate.split)
+    split = load_split(folder, files.manifest, evaluate.split)
     if split.num_samples == 0:
         raise DataError(f"split {evaluate.split!r} of {folder} has no samples; make the data set with unseen classes")
-    records, _ = load_index(folder, evaluate.split, split)
+    with files.hold(split.classes, *(shard.index for shard in split.shards)):
+        records, _ = load_index(files.folder, evaluate.split, split)
+        groups = load_class_names(files.folder, split).groups
     return EvaluationSet(
-        folder=Path(folder),
+        files=files,
         split=evaluate.split,
         sources=records["source"].astype(np.int64),
-        groups=load_class_names(folder, split).groups,
+        groups=groups,
         gallery_source=source_number(split.sources, evaluate.gallery_source),
         config=config,
     )

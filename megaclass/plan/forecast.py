@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megaclass.config import Config
-from megaclass.data.manifest import load_manifest, load_split
+from megaclass.data.folder import open_folder
+from megaclass.data.manifest import load_split
 from megaclass.objectives import presets
 from megaclass.plan import backbone, memory, step, work
 from megaclass.plan.devices import Device
@@ -120,7 +121,7 @@ def number_of_classes(config: Config) -> int:
     if dataset.num_classes is not None:
         return dataset.num_classes
     assert dataset.path is not None
-    return load_split(dataset.path, load_manifest(dataset.path), dataset.split).num_classes
+    return load_split(dataset.path, open_folder(dataset.path, dataset.remote).manifest, dataset.split).num_classes
 
 
 def readable(size: int) -> str:

@@ -6,7 +6,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from megaclass.config import Config
-from megaclass.data.manifest import load_class_names, load_manifest, load_split
+from megaclass.data.folder import open_folder
+from megaclass.data.manifest import load_class_names, load_split
 from megaclass.data.order import first_classes
 from megaclass.errors import ConfigError
 from megaclass.parallel.process import World
@@ -59,8 +60,10 @@ def _class_names(config: Config, num_classes: int) -> list[str]:
     """What each label is called."""
     if config.dataset.path is None:
         return [str(label) for label in range(num_classes)]
-    info = load_split(config.dataset.path, load_manifest(config.dataset.path), config.dataset.split)
-    stored = load_class_names(config.dataset.path, info).names
+    files = open_folder(config.dataset.path, config.dataset.remote)
+    info = load_split(files.location, files.manifest, config.dataset.split)
+    with files.hold(info.classes):
+        stored = load_class_names(files.folder, info).names
     kept = range(len(stored)) if config.dataset.num_classes is None else first_classes(len(stored), num_classes)
     names = [stored[number] for number in kept]
     return [name if name.isascii() and name.isprintable() else str(label) for label, name in enumerate(names)]

@@ -13,7 +13,8 @@ from torch import nn
 
 from megaclass import checkpoint
 from megaclass.config import Config
-from megaclass.data.manifest import load_manifest
+from megaclass.data.address import Location
+from megaclass.data.folder import open_folder
 from megaclass.errors import CheckpointError, ConfigError
 from megaclass.evaluate.folder import embed_folder
 from megaclass.evaluate.split import evaluate_backbone, evaluate_baselines, open_evaluation
@@ -49,7 +50,7 @@ def load_backbone(run_dir: Path, path: Path | None, device: str) -> tuple[Config
 def judge_run(
     run_dir: Path,
     *,
-    data: Path | None,
+    data: Location | None,
     split: str | None,
     protocols: list[str] | None,
     gallery_source: str | None,
@@ -68,7 +69,7 @@ def judge_run(
     if folder is None:
         raise ConfigError("the run was trained without a data set on disk; say which to judge it on with --data DIR")
     if split is None:
-        splits = load_manifest(folder).splits
+        splits = open_folder(folder, config.dataset.remote).manifest.splits
         split = "unseen" if "unseen" in splits else next(iter(splits))
     changed = {
         "path": folder,

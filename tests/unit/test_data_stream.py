@@ -89,6 +89,22 @@ def test_the_order_is_shuffled_repeatable_and_of_the_seed(folder: Path) -> None:
     assert ids[:60] != ids[60:]
 
 
+def test_the_window_says_how_far_samples_are_mixed(folder: Path) -> None:
+    usual = all_ids(read(open_stream(folder, 12), 5))
+    assert usual == all_ids(read(open_stream(folder, 12, shuffle_buffer=1000), 5))
+    small = all_ids(read(open_stream(folder, 12, shuffle_buffer=6), 5))
+    assert small == all_ids(read(open_stream(folder, 12, shuffle_buffer=6), 5))
+    alone = all_ids(read(open_stream(folder, 12, shuffle_buffer=1), 5))
+    assert sorted(usual) == sorted(small) == sorted(alone) == list(range(60))
+    assert len({tuple(usual), tuple(small), tuple(alone)}) == 3
+    place = {sample: number for number, sample in enumerate(alone)}
+    # A sample comes early by the window at most; how late it comes has no bound.
+    assert max(place[sample] - number for number, sample in enumerate(small)) < 6
+    _, shard_of = load_index(folder, "train", load_manifest(folder).splits["train"])
+    shards = [shard for n, shard in enumerate(shard_of[alone]) if n == 0 or shard != shard_of[alone[n - 1]]]
+    assert len(shards) == 7, "with a window of one, whole shards in a shuffled order"
+
+
 def test_seek_goes_to_the_beginning_of_the_shard(folder: Path) -> None:
     reader = open_stream(folder, 4, shuffle=False)
     # Shards of 9, 9, 9, 9, 8, 8, 8: sample 20 is in the third, sample 61 in the first of the next epoch.
