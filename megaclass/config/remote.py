@@ -57,8 +57,8 @@ def remote_faults(dataset: Dataset, evaluate_path: Location | None, hang_seconds
     faults = []
     if isinstance(dataset.path, Address) and dataset.reader in ("indexed", "dali"):
         faults.append(
-            f"dataset.reader {dataset.reader} reads single samples of all shards, and {dataset.path} is not a disk of this "
-            "machine; use dataset.reader stream, or copy the data set to a folder"
+            f"dataset.reader {dataset.reader} reads single samples of all shards, and {dataset.path} is not a disk of "
+            "this machine; use dataset.reader stream, or copy the data set to a folder"
         )
     remote, patience = dataset.remote, dataset.remote.patience_seconds
     if any(isinstance(path, Address) for path in (dataset.path, evaluate_path)) and patience >= hang_seconds:
