@@ -177,7 +177,11 @@ def test_no_pickle_and_no_shell() -> None:
     forbidden = {"pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "subprocess"}
     for path in FILES:
         tree = ast.parse(path.read_text())
-        assert not forbidden & {name.split(".")[0] for name, _ in imports(tree)}, module_name(path)
+        # It only decodes opcodes; the values are made by an interpreter of ours that cannot call anything.
+        allowed = {"pickletools"} if module_name(path) == "prepare.pickled" else set()
+        assert not ((forbidden | {"pickletools"}) - allowed) & {name.split(".")[0] for name, _ in imports(tree)}, (
+            module_name(path)
+        )
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)

@@ -15,6 +15,12 @@ def add_to(commands: Any) -> None:
     """Make the commands known to the parser."""
     data = command(commands, "data", lambda _: 2, "make and check data sets")
     kinds = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_sources(kinds)
+    _add_copies(kinds)
+    _add_looks(kinds)
+
+
+def _add_sources(kinds: Any) -> None:
     glyphs = command(kinds, "glyphs", _data_glyphs, "render the characters of fonts, or read strips of rendered ones")
     glyphs.add_argument("--fonts", nargs="+", type=Path, metavar="PATH", help="font files or folders (default: DejaVu)")
     glyphs.add_argument("--strips", type=Path, metavar="ZIP", help="read one strip of tiles per class instead")
@@ -35,6 +41,12 @@ def add_to(commands: Any) -> None:
     listed.add_argument(
         "--columns", nargs=2, metavar=("IMAGE", "LABEL"), help="the first line has names, and these are the two wanted"
     )
+    pairs = command(
+        kinds, "bin", _data_bin, "import verification sets as lfw.bin; each file becomes a split with pairs"
+    )
+    pairs.add_argument("paths", type=Path, nargs="+", metavar="FILE.bin", help="images, and true or false for each two")
+    pairs.add_argument("--image-mode", choices=["L", "RGB"], help="convert all images (default: grey stays grey)")
+    pairs.set_defaults(unseen_fraction=None, unseen_classes=None)
     for made in (images, records, listed):
         made.add_argument("--image-mode", choices=["L", "RGB"], help="convert all images (default: grey stays grey)")
         made.add_argument("--on-bad", choices=["stop", "skip"], default="stop", help="what an unreadable image does")
@@ -43,13 +55,17 @@ def add_to(commands: Any) -> None:
     )
     images.add_argument("--unseen-groups", metavar="NAMES", help="groups kept unseen: last:5, or names with commas")
     for made in (glyphs, images, records, listed):
-        made.add_argument("--out", type=Path, required=True, metavar="DIR")
-        made.add_argument("--image-size", type=int, help="pixels a side")
         made.add_argument("--unseen-fraction", type=float, help="share of classes never trained on, chosen by hash")
         made.add_argument("--unseen-classes", type=int, help="number of classes never trained on, chosen by hash")
+    for made in (glyphs, images, records, listed, pairs):
+        made.add_argument("--out", type=Path, required=True, metavar="DIR")
+        made.add_argument("--image-size", type=int, help="pixels a side")
         made.add_argument("--samples-per-shard", type=int, help="samples in one tar shard")
         made.add_argument("--name", help="name of the data set")
         made.add_argument("--overwrite", action="store_true", help="replace the data set in DIR")
+
+
+def _add_copies(kinds: Any) -> None:
     reshard = command(kinds, "reshard", _data_copy, "write a data set into shards of another size; sample ids stay")
     reshard.set_defaults(num_classes=None, samples_per_class=None)
     subset = command(
@@ -63,6 +79,9 @@ def add_to(commands: Any) -> None:
         made.add_argument("--samples-per-shard", type=int, required=made is reshard, help="samples in one tar shard")
         made.add_argument("--name", help="name of the copy")
         made.add_argument("--overwrite", action="store_true", help="replace the data set in DIR")
+
+
+def _add_looks(kinds: Any) -> None:
     preview = command(
         kinds, "preview", _data_preview, "draw the images that a run would see, augmented", takes_options=True
     )
@@ -132,6 +151,15 @@ def _data_list(known: argparse.Namespace) -> int:
         report = import_list(
             known.path, root, known.out, progress=progress, **_given(known, "image_mode", "on_bad", "columns")
         )
+    print(report.text())
+    return 0
+
+
+def _data_bin(known: argparse.Namespace) -> int:
+    from megaclass.prepare.verification_bin import import_pairs
+
+    with Progress("images") as progress:
+        report = import_pairs(known.paths, known.out, progress=progress, **_given(known, "image_mode"))
     print(report.text())
     return 0
 

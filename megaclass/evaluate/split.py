@@ -15,13 +15,21 @@ import numpy as np
 from torch import nn
 
 from megaclass.config import Config
-from megaclass.data.manifest import load_class_names, load_index, load_manifest, load_split
+from megaclass.data.manifest import SplitInfo, load_class_names, load_index, load_manifest, load_pairs, load_split
 from megaclass.data.samples import iterate_split
-from megaclass.errors import DataError
+from megaclass.errors import ConfigError, DataError
 from megaclass.evaluate.baselines import embed_baselines
 from megaclass.evaluate.embed import EmbeddedSplit, LabelledImages, embed_split, score_on_main
 from megaclass.evaluate.judge import judge, source_number
 from megaclass.parallel.process import World
+
+# Of a split with given pairs.
+PROTOCOLS_OF_PAIRS = ("verification",)
+
+
+def usual_protocols(split: SplitInfo, protocols: tuple[str, ...]) -> tuple[str, ...]:
+    """What a split is judged by where nothing is asked for: `protocols`, or verification alone where it gives pairs."""
+    return protocols if split.pairs is None else PROTOCOLS_OF_PAIRS
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class EvaluationSet:
         sources: [num_samples] int64, number of each sample's source, in the split's order.
         groups: name of each class's group, or None.
         gallery_source: number of the source that is the gallery, or None.
+        pairs: the pairs that verification compares, or None where they are drawn by label.
     """
 
     folder: Path
@@ -40,6 +49,7 @@ class EvaluationSet:
     sources: np.ndarray
     groups: list[str] | None
     gallery_source: int | None
+    pairs: np.ndarray | None
     config: Config
 
     def batches(self, world: World) -> Iterator[LabelledImages]:
@@ -54,7 +64,9 @@ class EvaluationSet:
         """All protocols of the configuration on these embeddings; on one rank."""
         sources = self.sources[embedded.ids.numpy()]
         protocols = self.config.evaluate.protocols
-        return judge(embedded.embeddings, embedded.labels, sources, self.groups, protocols, self.gallery_source)
+        return judge(
+            embedded.embeddings, embedded.labels, sources, self.groups, protocols, self.gallery_source, self.pairs
+        )
 
 
 def open_evaluation(config: Config) -> EvaluationSet | None:
@@ -65,7 +77,7 @@ def open_evaluation(config: Config) -> EvaluationSet | None:
 
     Raises:
         DataError: no such data set or split, or it is empty.
-        ConfigError: the gallery's source does not exist.
+        ConfigError: the gallery's source does not exist, or of a split with given pairs more than these is asked.
     """
     evaluate = config.evaluate
     folder = evaluate.path or (None if config.dataset.reader == "synthetic" else config.dataset.path)
@@ -77,6 +89,12 @@ def open_evaluation(config: Config) -> EvaluationSet | None:
     split = load_split(folder, manifest, evaluate.split)
     if split.num_samples == 0:
         raise DataError(f"split {evaluate.split!r} of {folder} has no samples; make the data set with unseen classes")
+    if split.pairs is not None and evaluate.protocols != PROTOCOLS_OF_PAIRS:
+        raise ConfigError(
+            f"split {evaluate.split!r} of {folder} has given pairs, and of its images nothing else is known: "
+            f"evaluate.protocols is {', '.join(evaluate.protocols)}; give verification alone, and an "
+            "evaluate.best_metric of it"
+        )
     records, _ = load_index(folder, evaluate.split, split)
     return EvaluationSet(
         folder=Path(folder),
@@ -84,6 +102,7 @@ def open_evaluation(config: Config) -> EvaluationSet | None:
         sources=records["source"].astype(np.int64),
         groups=load_class_names(folder, split).groups,
         gallery_source=source_number(split.sources, evaluate.gallery_source),
+        pairs=load_pairs(folder, split),
         config=config,
     )
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megaclass.data.manifest import load_class_names, load_manifest
+from megaclass.data.manifest import load_class_names, load_manifest, load_pairs
 from megaclass.data.samples import StoredSamples
 from megaclass.errors import ConfigError, DataError
 from megaclass.prepare.encode import EncodedImage, UnreadableImage, store
 from megaclass.prepare.report import PreparationReport
-from megaclass.prepare.writer import SAMPLES_PER_SHARD, DatasetWriter, Progress, SplitPlan, writing_order
+from megaclass.prepare.writer import SAMPLES_PER_SHARD, DatasetWriter, Progress, SplitPlan, shifted, writing_order
 
 
 def copy_dataset(
@@ -65,7 +65,7 @@ def copy_dataset(
         total, done = sum(len(plan.labels) for plan in plans.values()), 0
         with DatasetWriter(out, name or manifest.name, manifest.description, samples_per_shard, overwrite) as writer:
             for split, plan in plans.items():
-                writer.write_split(split, plan, None if progress is None else _shifted(progress, done, total))
+                writer.write_split(split, plan, shifted(progress, done, total))
                 done += len(plan.labels)
             written = writer.finish()
     finally:
@@ -80,9 +80,15 @@ def _plan(folder: Path, split: str, samples: StoredSamples, samples_per_class: i
     kept = np.arange(samples.num_samples)
     if samples_per_class is not None:
         kept = kept[_place_in_class(samples.labels) < samples_per_class]
+    pairs = load_pairs(folder, manifest.splits[split])
+    if pairs is not None and len(kept) < manifest.splits[split].num_samples:
+        raise ConfigError(f"split {split!r} of {folder} has given pairs, of which no part can be taken; copy it whole")
     # The writer takes samples in an order of its own; seen through its inverse, that is the order they have.
     chosen = np.empty_like(kept)
-    chosen[writing_order(len(kept))] = kept
+    order = writing_order(len(kept))
+    chosen[order] = kept
+    if pairs is not None:
+        pairs["left"], pairs["right"] = order[pairs["left"]], order[pairs["right"]]
     return SplitPlan(
         names=[names.names[number] for number in samples.classes.tolist()],
         groups=None if names.groups is None else [names.groups[number] for number in samples.classes.tolist()],
@@ -90,6 +96,7 @@ def _plan(folder: Path, split: str, samples: StoredSamples, samples_per_class: i
         labels=samples.labels[chosen],
         sources=samples.sources[chosen],
         load=_loader(samples, chosen),
+        pairs=pairs,
     )
 
 
@@ -112,7 +119,3 @@ def _loader(samples: StoredSamples, chosen: np.ndarray) -> Callable[[int], Encod
             raise DataError(f"{where}: the image cannot be read: {error}; make the data set again") from None
 
     return load
-
-
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    return lambda done, _: progress(before + done, total)

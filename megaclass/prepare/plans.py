@@ -15,7 +15,7 @@ import numpy as np
 from megaclass.errors import DataError
 from megaclass.prepare.encode import EncodedImage
 from megaclass.prepare.report import PreparationReport
-from megaclass.prepare.writer import DatasetWriter, Progress, SplitPlan
+from megaclass.prepare.writer import DatasetWriter, Progress, SplitPlan, shifted
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ def write_dataset(
     warnings = []
     with DatasetWriter(folder, name, description, samples_per_shard, overwrite) as writer:
         for split, plan in plans.items():
-            step = None if progress is None else _shifted(progress, done_before, total)
-            info = writer.write_split(split, plan, step)
+            info = writer.write_split(split, plan, shifted(progress, done_before, total))
             done_before += len(plan.labels)
             if not info.num_samples:
                 warnings.append(f"split {split!r} has no samples")
@@ -97,7 +96,3 @@ def write_dataset(
             raise DataError(f"no sample was left to write to {folder}; {folder} stays unfinished")
         manifest = writer.finish()
     return PreparationReport(folder=Path(folder), manifest=manifest, warnings=warnings)
-
-
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    return lambda done, _: progress(before + done, total)

@@ -25,6 +25,7 @@ from megaclass.data.manifest import (
     FORMAT,
     INDEX_DTYPE,
     MANIFEST_NAME,
+    PAIR_DTYPE,
     ClassNames,
     Manifest,
     ShardInfo,
@@ -38,7 +39,10 @@ Progress = Callable[[int, int], None]
 
 _BLOCK = 512
 _MARKER = ".unfinished"
-_OURS = re.compile(r"[A-Za-z0-9_-]+(-\d{6}\.tar|-\d{6}\.index\.npy|\.classes\.json)|dataset\.json(\.partial)?")
+SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_OURS = re.compile(
+    SPLIT_NAME.pattern + r"(-\d{6}\.tar|-\d{6}\.index\.npy|\.classes\.json|\.pairs\.npy)|dataset\.json(\.partial)?"
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class SplitPlan:
         labels: [num_samples] int64.
         sources: [num_samples] int32, positions in `source_names`, -1 if unknown.
         load: gives sample i encoded, or None if it is to be left out; called once per sample, in writing order.
+        pairs: [num_pairs] of `PAIR_DTYPE`, with the numbers that samples have here; no sample may be left out then.
     """
 
     names: Sequence[str]
@@ -60,6 +65,7 @@ class SplitPlan:
     labels: np.ndarray
     sources: np.ndarray
     load: Callable[[int], EncodedImage | None]
+    pairs: np.ndarray | None = None
 
 
 def writing_order(num_samples: int) -> np.ndarray:
@@ -135,7 +141,7 @@ class DatasetWriter:
 
         `progress(done, total)` is called now and then and at the end. Cost: memory of one index record per sample.
         """
-        assert re.fullmatch(r"[A-Za-z0-9_-]+", split), split
+        assert SPLIT_NAME.fullmatch(split), split
         assert split not in self._splits, split
         assert len(plan.labels) == len(plan.sources)
         content = ClassNames(names=list(plan.names), groups=None if plan.groups is None else list(plan.groups))
@@ -149,9 +155,23 @@ class DatasetWriter:
             classes_sha256=file_sha256(classes),
             sources=list(plan.source_names),
             shards=shards,
+            **self._write_pairs(split, plan),
         )
         self._splits[split] = info
         return info
+
+    def _write_pairs(self, split: str, plan: SplitPlan) -> dict[str, str]:
+        if plan.pairs is None:
+            return {}
+        sample_ids = np.empty(len(plan.labels), dtype=np.int64)
+        sample_ids[writing_order(len(plan.labels))] = np.arange(len(plan.labels))
+        pairs = np.empty(len(plan.pairs), dtype=PAIR_DTYPE)
+        pairs["is_same"] = plan.pairs["is_same"]
+        for side in ("left", "right"):
+            pairs[side] = sample_ids[plan.pairs[side]]
+        path = self._folder / f"{split}.pairs.npy"
+        save_array(path, pairs)
+        return {"pairs": path.name, "pairs_sha256": file_sha256(path)}
 
     def _write_shards(self, split: str, plan: SplitPlan, progress: Progress | None) -> list[ShardInfo]:
         shards: list[ShardInfo] = []
@@ -191,7 +211,8 @@ class DatasetWriter:
         )
         partial = self._folder / f"{MANIFEST_NAME}.partial"
         with partial.open("w", encoding="utf-8") as stream:
-            json.dump(manifest.model_dump(), stream, indent=1, ensure_ascii=False)
+            # What a split does not have is not written, so that older versions read what they can.
+            json.dump(manifest.model_dump(exclude_none=True), stream, indent=1, ensure_ascii=False)
             stream.write("\n")
             stream.flush()
             os.fsync(stream.fileno())
@@ -237,10 +258,7 @@ class _Shard:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
-        with self._index_path.open("wb") as stream:
-            np.save(stream, np.array(self._records, dtype=INDEX_DTYPE), allow_pickle=False)
-            stream.flush()
-            os.fsync(stream.fileno())
+        save_array(self._index_path, np.array(self._records, dtype=INDEX_DTYPE))
         return ShardInfo(
             file=self._tar_path.name,
             index=self._index_path.name,
@@ -249,6 +267,11 @@ class _Shard:
             sha256=file_sha256(self._tar_path),
             index_sha256=file_sha256(self._index_path),
         )
+
+
+def shifted(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Progress of a part, told as that of the whole: `before` samples come before it, of `total`."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -274,6 +297,14 @@ def check_output(folder: Path, overwrite: bool) -> None:
                 f"{folder} holds other files ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}); "
                 "give an empty or new folder to write the data set to"
             )
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an array as `.npy` and wait until it is on the disk."""
+    with path.open("wb") as stream:
+        np.save(stream, array, allow_pickle=False)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def file_sha256(path: Path) -> str:
