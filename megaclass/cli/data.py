@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ def _add_sources(kinds: Any) -> None:
     )
     pairs.add_argument("paths", type=Path, nargs="+", metavar="FILE.bin", help="images, and true or false for each two")
     pairs.add_argument("--image-mode", choices=["L", "RGB"], help="convert all images (default: grey stays grey)")
-    pairs.set_defaults(unseen_fraction=None, unseen_classes=None)
     for made in (images, records, listed):
         made.add_argument("--image-mode", choices=["L", "RGB"], help="convert all images (default: grey stays grey)")
         made.add_argument("--on-bad", choices=["stop", "skip"], default="stop", help="what an unreadable image does")
@@ -54,6 +54,11 @@ def _add_sources(kinds: Any) -> None:
         "--quarter-turns", action="store_true", help="add each trained class turned by 90, 180, 270 degrees as classes"
     )
     images.add_argument("--unseen-groups", metavar="NAMES", help="groups kept unseen: last:5, or names with commas")
+    for made in (images, records, listed, pairs):
+        made.add_argument(
+            "--jobs", type=int, metavar="N", default=len(os.sched_getaffinity(0)),
+            help="processes that decode and encode (default: the cores of this process); it changes no byte",
+        )  # fmt: skip
     for made in (glyphs, images, records, listed):
         made.add_argument("--unseen-fraction", type=float, help="share of classes never trained on, chosen by hash")
         made.add_argument("--unseen-classes", type=int, help="number of classes never trained on, chosen by hash")
@@ -95,8 +100,8 @@ def _add_looks(kinds: Any) -> None:
 
 def _given(known: argparse.Namespace, *names: str) -> dict[str, Any]:
     """The arguments that were given, for functions that have defaults of their own."""
-    common = ("image_size", "unseen_fraction", "unseen_classes", "samples_per_shard", "name", "overwrite")
-    values = {name: getattr(known, name) for name in (*names, *common)}
+    common = ("image_size", "unseen_fraction", "unseen_classes", "samples_per_shard", "name", "overwrite", "jobs")
+    values = {name: getattr(known, name, None) for name in (*names, *common)}
     return {name: value for name, value in values.items() if value is not None}
 
 

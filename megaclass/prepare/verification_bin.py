@@ -14,25 +14,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from megaclass.data.manifest import PAIR_DTYPE
 from megaclass.errors import ConfigError, DataError
-from megaclass.prepare.encode import Encoding, ImageMode
+from megaclass.prepare.digest import parts_sha256, state_of
+from megaclass.prepare.encode import ImageMode
+from megaclass.prepare.options import WriteOptions
 from megaclass.prepare.pickled import PickledArray, read_values
+from megaclass.prepare.plans import write_plans
 from megaclass.prepare.report import PreparationReport
 from megaclass.prepare.storing import Storing
-from megaclass.prepare.writer import (
-    SAMPLES_PER_SHARD,
-    SPLIT_NAME,
-    DatasetWriter,
-    Progress,
-    SplitPlan,
-    check_output,
-    shifted,
-)
+from megaclass.prepare.writer import SPLIT_NAME, SplitPlan, check_output
 
 
 @dataclass(frozen=True)
@@ -126,30 +121,43 @@ def import_pairs(
     *,
     image_size: int | None = None,
     image_mode: ImageMode | None = None,
-    encoding: Encoding = "jpg",
-    samples_per_shard: int = SAMPLES_PER_SHARD,
-    overwrite: bool = False,
-    name: str | None = None,
-    progress: Progress | None = None,
+    jobs: int = 1,
+    **options: Unpack[WriteOptions],
 ) -> PreparationReport:
-    """Write a data set with one split for each file of pairs."""
-    storing = Storing(image_size, image_mode, encoding, "stop")
-    check_output(out, overwrite)
+    """Write a data set with one split for each file of pairs; an evaluation of a split compares its pairs.
+
+    Args:
+        paths: files as `lfw.bin`; each names its split.
+        out: folder of the data set.
+        image_size: side of the stored images in pixels; by default the images as they are.
+        image_mode: "L" or "RGB" for all images; by default grey stays grey.
+        jobs: processes that decode and encode.
+        options: see `WriteOptions`.
+
+    Counts of the report: images that stand in several pairs and are stored once.
+
+    Raises:
+        ConfigError: an option, a name or the output folder cannot be used.
+        DataError: a file cannot be used, or an image in it: without it the pairs would be others.
+
+    Cost: memory for all files.
+    """
+    storing = Storing(
+        image_size, image_mode, "jpg", jobs=jobs, advice="without it the pairs would be others: get the file again"
+    )
+    check_output(out, options.get("overwrite", False))
     splits = split_names(paths)
     files = [read_pairs(path) for path in paths]
-    total, done = sum(len(file.images) for file in files), 0
-    with DatasetWriter(
-        out, name or " ".join(splits), f"verification pairs from {', '.join(path.name for path in paths)}",
-        samples_per_shard, overwrite,
-    ) as writer:  # fmt: skip
-        for split, file in zip(splits, files, strict=True):
-            writer.write_split(split, _plan(file, storing), shifted(progress, done, total))
-            done += len(file.images)
-        manifest = writer.finish()
-    repeated = sum(2 * len(file.pairs) - len(file.images) for file in files)
-    return PreparationReport(
-        folder=Path(out), manifest=manifest, counts={"images that stand in several pairs, stored once": repeated}
+    report = write_plans(
+        out,
+        {split: _plan(file, storing) for split, file in zip(splits, files, strict=True)},
+        name=" ".join(splits),
+        description=f"verification pairs from {', '.join(path.name for path in paths)}",
+        conditions={**storing.conditions, "inputs": parts_sha256(state_of(path) for path in paths)},
+        options=options,
     )
+    num_read = sum(2 * len(file.pairs) for file in files)
+    return report.accounted(num_read, {"images that stand in several pairs, stored once": num_read - report.num_read})
 
 
 def _plan(file: PairFile, storing: Storing) -> SplitPlan:
@@ -160,6 +168,8 @@ def _plan(file: PairFile, storing: Storing) -> SplitPlan:
         source_names=[],
         labels=np.arange(len(file.images), dtype=np.int64),
         sources=np.full(len(file.images), -1, dtype=np.int32),
-        load=storing.loader(file.images.__getitem__, lambda number: f"{file.path}: image {file.first[number]}"),
+        images=storing.images(
+            bytes, file.images.__getitem__, lambda number: f"{file.path}: image {file.first[number]}"
+        ),
         pairs=file.pairs,
     )

@@ -24,10 +24,11 @@ from megaclass.data.manifest import (
     load_pairs,
 )
 from megaclass.errors import DataError
+from megaclass.prepare.digest import file_sha256
 from megaclass.prepare.encode import MAX_FILE_BYTES, UnreadableImage, decode
 from megaclass.prepare.report import VerificationReport
 from megaclass.prepare.tar_members import Member, walk
-from megaclass.prepare.writer import Progress, file_sha256
+from megaclass.prepare.writer import Progress
 
 # Of one kind of fault in one file so many are listed one by one, the rest as a number.
 _LISTED = 20
