@@ -56,7 +56,7 @@ COMMUNICATION = {
     "broadcast", "gather", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "scatter",
     "send", "recv", "isend", "irecv", "all_gather_object", "broadcast_object_list", "gather_object", "barrier",
 }  # fmt: skip
-OPTIONAL = {"deepspeed", "faiss", "nvidia", "triton", "onnx"}
+OPTIONAL = {"deepspeed", "faiss", "nvidia", "triton", "onnx", "pyarrow"}
 
 
 def module_name(path: Path) -> str:

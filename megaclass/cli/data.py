@@ -36,11 +36,11 @@ def _add_sources(kinds: Any) -> None:
     images.add_argument("--source-pattern", metavar="REGEX", help="one group, searched in the file name: the source")
     records = command(kinds, "recordio", _data_recordio, "import a .rec file of labelled images, without MXNet")
     records.add_argument("path", type=Path, metavar="TRAIN.rec", help=".idx and property beside it are checked")
-    listed = command(kinds, "list", _data_list, "import the images that a csv or tsv file names, with its labels")
-    listed.add_argument("path", type=Path, metavar="LIST", help=".csv, .tsv or .txt: image, label")
+    listed = command(kinds, "list", _data_list, "import the images that a csv, tsv or Parquet file names")
+    listed.add_argument("path", type=Path, metavar="LIST", help=".csv, .tsv, .txt or .parquet: image, label")
     listed.add_argument("--root", type=Path, help="folder or .zip of the images (default: the folder of the list)")
     listed.add_argument(
-        "--columns", nargs=2, metavar=("IMAGE", "LABEL"), help="the first line has names, and these are the two wanted"
+        "--columns", nargs=2, metavar=("IMAGE", "LABEL"), help="the columns wanted, where the first line has names"
     )
     pairs = command(
         kinds, "bin", _data_bin, "import verification sets as lfw.bin; each file becomes a split with pairs"

@@ -2,84 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
 
 import numpy as np
 
-from megaclass.errors import ConfigError, DataError
+from megaclass.errors import DataError
 from megaclass.prepare.digest import parts_sha256
 from megaclass.prepare.files import ImageFiles, open_root
+from megaclass.prepare.lists import Entry, read_list
 from megaclass.prepare.options import ImportOptions, storing_of
 from megaclass.prepare.plans import Samples, write_dataset
 from megaclass.prepare.report import PreparationReport
 from megaclass.prepare.split import choose_unseen
 from megaclass.prepare.writer import check_output
-
-_DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of a list: where it stands, the image's name and its label."""
-
-    line: int
-    name: str
-    label: str
-
-
-def read_list(path: Path, columns: Sequence[str] | None = None) -> list[Entry]:
-    """The entries of a list, in its order.
-
-    Args:
-        path: `.csv` (commas), `.tsv` or `.txt` (tabs), UTF-8, quoted as spreadsheets do.
-        columns: names of the columns of image and label in the first line; None: the list has no such line, and the
-            first two columns are meant.
-
-    Raises:
-        ConfigError: the ending is of no list, or a column does not exist.
-        DataError: it cannot be read, is empty, or a line lacks a column, is empty there, or names an image again.
-    """
-    if path.suffix not in _DELIMITERS:
-        raise ConfigError(f"{path}: the ending says what a list is; allowed are {', '.join(_DELIMITERS)}")
-    entries: list[Entry] = []
-    seen: dict[str, int] = {}
-    places = (0, 1)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            rows = csv.reader(stream, delimiter=_DELIMITERS[path.suffix], strict=True)
-            if columns is not None:
-                places = _places(path, next(rows, []), columns)
-            for row in rows:
-                if not row:
-                    continue
-                cells = [row[place].strip() if place < len(row) else "" for place in places]
-                if not all(cells):
-                    raise DataError(f"{path}: line {rows.line_num} is {row}; an image and a label are needed")
-                if cells[0] in seen:
-                    raise DataError(
-                        f"{path}: line {rows.line_num} names {cells[0]!r} again, after line {seen[cells[0]]}; an image "
-                        "has one label"
-                    )
-                seen[cells[0]] = rows.line_num
-                entries.append(Entry(rows.line_num, cells[0], cells[1]))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read as a list: {error}") from None
-    if not entries:
-        raise DataError(f"{path} names no image")
-    return entries
-
-
-def _places(path: Path, header: list[str], columns: Sequence[str]) -> tuple[int, int]:
-    found = [cell.strip() for cell in header]
-    for column in columns:
-        if column not in found:
-            raise ConfigError(f"{path} has no column {column!r}; its first line has {', '.join(found) or 'nothing'}")
-    image, label = (found.index(column) for column in columns)
-    return image, label
 
 
 def import_list(
@@ -117,7 +54,7 @@ def import_list(
         images = storing.images(
             files.reader,
             lambda number: files.names[numbers[number]],
-            lambda number: f"{files.root}: image {entries[number].name} (line {entries[number].line} of {path})",
+            lambda number: f"{files.root}: image {entries[number].name} ({entries[number].place} of {path})",
         )
         report = write_dataset(
             out,
@@ -162,7 +99,7 @@ def _numbers(path: Path, entries: list[Entry], files: ImageFiles) -> list[int]:
     if missing:
         raise DataError(
             f"{path}: {len(missing)} of {len(entries)} images are not in {files.root}, the first is "
-            f"{missing[0].name!r} on line {missing[0].line}; names are relative to that folder, with / between the "
+            f"{missing[0].name!r} on {missing[0].place}; names are relative to that folder, with / between the "
             "parts: give another --root, or correct the list (--columns IMAGE LABEL where its first line has names)"
         )
     return [number_of[entry.name] for entry in entries]
