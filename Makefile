@@ -25,7 +25,7 @@ $(VENV)/package: $(VENV)/torch pyproject.toml
 	touch $@
 
 $(VENV)/everything: $(VENV)/package
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,ann,dali,deepspeed,triton]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,ann,dali,deepspeed,parquet,triton]'
 	touch $@
 
 #   make setup     .venv/ with everything in it

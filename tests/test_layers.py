@@ -59,7 +59,7 @@ COMMUNICATION = {
     "broadcast", "gather", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "scatter",
     "send", "recv", "isend", "irecv", "all_gather_object", "broadcast_object_list", "gather_object", "barrier",
 }  # fmt: skip
-OPTIONAL = {"deepspeed", "faiss", "nvidia", "triton", "onnx", "s3fs", "gcsfs"}
+OPTIONAL = {"deepspeed", "faiss", "nvidia", "triton", "onnx", "s3fs", "gcsfs", "pyarrow"}
 
 
 def module_name(path: Path) -> str:
@@ -180,7 +180,11 @@ def test_no_pickle_and_no_shell() -> None:
     forbidden = {"pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "subprocess"}
     for path in FILES:
         tree = ast.parse(path.read_text())
-        assert not forbidden & {name.split(".")[0] for name, _ in imports(tree)}, module_name(path)
+        # It only decodes opcodes; the values are made by an interpreter of ours that cannot call anything.
+        allowed = {"pickletools"} if module_name(path) == "prepare.pickled" else set()
+        assert not ((forbidden | {"pickletools"}) - allowed) & {name.split(".")[0] for name, _ in imports(tree)}, (
+            module_name(path)
+        )
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ def add_to(commands: Any) -> None:
     """Make the commands known to the parser."""
     data = command(commands, "data", lambda _: 2, "make and check data sets")
     kinds = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_sources(kinds)
+    _add_copies(kinds)
+    _add_looks(kinds)
+
+
+def _add_sources(kinds: Any) -> None:
     glyphs = command(kinds, "glyphs", _data_glyphs, "render the characters of fonts, or read strips of rendered ones")
     glyphs.add_argument("--fonts", nargs="+", type=Path, metavar="PATH", help="font files or folders (default: DejaVu)")
     glyphs.add_argument("--strips", type=Path, metavar="ZIP", help="read one strip of tiles per class instead")
@@ -29,12 +36,17 @@ def add_to(commands: Any) -> None:
     images.add_argument("--source-pattern", metavar="REGEX", help="one group, searched in the file name: the source")
     records = command(kinds, "recordio", _data_recordio, "import a .rec file of labelled images, without MXNet")
     records.add_argument("path", type=Path, metavar="TRAIN.rec", help=".idx and property beside it are checked")
-    listed = command(kinds, "list", _data_list, "import the images that a csv or tsv file names, with its labels")
-    listed.add_argument("path", type=Path, metavar="LIST", help=".csv, .tsv or .txt: image, label")
+    listed = command(kinds, "list", _data_list, "import the images that a csv, tsv or Parquet file names")
+    listed.add_argument("path", type=Path, metavar="LIST", help=".csv, .tsv, .txt or .parquet: image, label")
     listed.add_argument("--root", type=Path, help="folder or .zip of the images (default: the folder of the list)")
     listed.add_argument(
-        "--columns", nargs=2, metavar=("IMAGE", "LABEL"), help="the first line has names, and these are the two wanted"
+        "--columns", nargs=2, metavar=("IMAGE", "LABEL"), help="the columns wanted, where the first line has names"
     )
+    pairs = command(
+        kinds, "bin", _data_bin, "import verification sets as lfw.bin; each file becomes a split with pairs"
+    )
+    pairs.add_argument("paths", type=Path, nargs="+", metavar="FILE.bin", help="images, and true or false for each two")
+    pairs.add_argument("--image-mode", choices=["L", "RGB"], help="convert all images (default: grey stays grey)")
     for made in (images, records, listed):
         made.add_argument("--image-mode", choices=["L", "RGB"], help="convert all images (default: grey stays grey)")
         made.add_argument("--on-bad", choices=["stop", "skip"], default="stop", help="what an unreadable image does")
@@ -42,14 +54,23 @@ def add_to(commands: Any) -> None:
         "--quarter-turns", action="store_true", help="add each trained class turned by 90, 180, 270 degrees as classes"
     )
     images.add_argument("--unseen-groups", metavar="NAMES", help="groups kept unseen: last:5, or names with commas")
+    for made in (images, records, listed, pairs):
+        made.add_argument(
+            "--jobs", type=int, metavar="N", default=len(os.sched_getaffinity(0)),
+            help="processes that decode and encode (default: the cores of this process); it changes no byte",
+        )  # fmt: skip
     for made in (glyphs, images, records, listed):
-        made.add_argument("--out", type=Path, required=True, metavar="DIR")
-        made.add_argument("--image-size", type=int, help="pixels a side")
         made.add_argument("--unseen-fraction", type=float, help="share of classes never trained on, chosen by hash")
         made.add_argument("--unseen-classes", type=int, help="number of classes never trained on, chosen by hash")
+    for made in (glyphs, images, records, listed, pairs):
+        made.add_argument("--out", type=Path, required=True, metavar="DIR")
+        made.add_argument("--image-size", type=int, help="pixels a side")
         made.add_argument("--samples-per-shard", type=int, help="samples in one tar shard")
         made.add_argument("--name", help="name of the data set")
         made.add_argument("--overwrite", action="store_true", help="replace the data set in DIR")
+
+
+def _add_copies(kinds: Any) -> None:
     reshard = command(kinds, "reshard", _data_copy, "write a data set into shards of another size; sample ids stay")
     reshard.set_defaults(num_classes=None, samples_per_class=None)
     subset = command(
@@ -63,6 +84,9 @@ def add_to(commands: Any) -> None:
         made.add_argument("--samples-per-shard", type=int, required=made is reshard, help="samples in one tar shard")
         made.add_argument("--name", help="name of the copy")
         made.add_argument("--overwrite", action="store_true", help="replace the data set in DIR")
+
+
+def _add_looks(kinds: Any) -> None:
     preview = command(
         kinds, "preview", _data_preview, "draw the images that a run would see, augmented", takes_options=True
     )
@@ -76,8 +100,8 @@ def add_to(commands: Any) -> None:
 
 def _given(known: argparse.Namespace, *names: str) -> dict[str, Any]:
     """The arguments that were given, for functions that have defaults of their own."""
-    common = ("image_size", "unseen_fraction", "unseen_classes", "samples_per_shard", "name", "overwrite")
-    values = {name: getattr(known, name) for name in (*names, *common)}
+    common = ("image_size", "unseen_fraction", "unseen_classes", "samples_per_shard", "name", "overwrite", "jobs")
+    values = {name: getattr(known, name, None) for name in (*names, *common)}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -132,6 +156,15 @@ def _data_list(known: argparse.Namespace) -> int:
         report = import_list(
             known.path, root, known.out, progress=progress, **_given(known, "image_mode", "on_bad", "columns")
         )
+    print(report.text())
+    return 0
+
+
+def _data_bin(known: argparse.Namespace) -> int:
+    from megaclass.prepare.verification_bin import import_pairs
+
+    with Progress("images") as progress:
+        report = import_pairs(known.paths, known.out, progress=progress, **_given(known, "image_mode"))
     print(report.text())
     return 0
 

@@ -32,6 +32,7 @@ from megaclass.errors import DataError
 
 _MOST_MANIFEST_BYTES = 2**28
 _INDEX_HEADER_BYTES = 4096
+_MOST_PAIRS_BYTES = 2**30
 _CLASS_NAME_BYTES = 200
 # Processes of a node that start together ask for the manifest once.
 _MANIFEST_SECONDS = 60.0
@@ -223,6 +224,8 @@ def _expected_files(manifest: Manifest, address: Address) -> dict[str, Expected]
     for split in manifest.splits.values():
         most = split.num_classes * _CLASS_NAME_BYTES + 2**16
         expected.append(Expected(split.classes, most, sha256=split.classes_sha256))
+        if split.pairs is not None:
+            expected.append(Expected(split.pairs, _MOST_PAIRS_BYTES, sha256=split.pairs_sha256))
         for shard in split.shards:
             expected.append(Expected(shard.file, shard.num_bytes, shard.num_bytes, shard.sha256))
             most = shard.num_samples * INDEX_DTYPE.itemsize + _INDEX_HEADER_BYTES

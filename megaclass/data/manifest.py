@@ -11,7 +11,10 @@ A data set is a folder:
 *split* is a set of shards with classes of its own, labelled from 0: `train` is trained on, `unseen` holds classes that
 are never trained on. A sample's id is its position in the split: shards in manifest order, records in index order.
 
-The manifest is plain JSON and the index a plain `.npy` without pickled objects: both are read as untrusted files.
+A split may have pairs that verification is to compare (`PAIR_DTYPE`), in `SPLIT.pairs.npy`. Its labels then only tell
+its images apart; who is on them is known of the pairs alone.
+
+The manifest is plain JSON, index and pairs are plain `.npy` without pickled objects: all are read as untrusted files.
 """
 
 from __future__ import annotations
@@ -35,6 +38,10 @@ FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,199}$"
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("length", "<i4"), ("source", "<i4"), ("label", "<i8")])
 
 
+# left/right: sample ids of the split; is_same: 1 if both are of one class, else 0. The pairs are in the order of folds.
+PAIR_DTYPE = np.dtype([("left", "<i8"), ("right", "<i8"), ("is_same", "u1")])
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,7 +58,7 @@ class ShardInfo(_Model):
 
 
 class SplitInfo(_Model):
-    """One split: class and sample counts, its shards, and the names of its sources."""
+    """One split: class and sample counts, its shards, the names of its sources, and its pairs where it has any."""
 
     num_classes: int = Field(ge=0)
     num_samples: int = Field(ge=0)
@@ -59,6 +66,8 @@ class SplitInfo(_Model):
     classes_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     sources: list[str] = []
     shards: list[ShardInfo]
+    pairs: str | None = Field(None, pattern=FILE_NAME)
+    pairs_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
 
 
 class Manifest(_Model):
@@ -221,6 +230,35 @@ def _check_records(path: Path, records: np.ndarray, split: SplitInfo, shard: Sha
     bad = np.flatnonzero((records["source"] < -1) | (records["source"] >= len(split.sources)))
     if len(bad):
         raise DataError(f"{path}: sample {bad[0]} has source {records['source'][bad[0]]}, not among {split.sources}")
+
+
+def load_pairs(folder: Path, split: SplitInfo) -> np.ndarray | None:
+    """The pairs of a split, [num_pairs] of `PAIR_DTYPE`; None if it has none.
+
+    Raises:
+        DataError: the file is missing, is not valid, or names a sample that the split does not have.
+    """
+    if split.pairs is None:
+        return None
+    path = Path(folder) / split.pairs
+    if not path.is_file():
+        raise DataError(f"file of pairs {path} is missing; make the data set again")
+    try:
+        # Mapped, so that a header that declares more than the file holds fails instead of taking the memory.
+        pairs = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+    # A damaged header makes numpy's parser raise nearly anything.
+    except Exception as error:
+        raise DataError(f"file of pairs {path} cannot be read: {error}; make the data set again") from None
+    if pairs.dtype != PAIR_DTYPE or pairs.ndim != 1:
+        raise DataError(f"file of pairs {path} has records of type {pairs.dtype}; expected {PAIR_DTYPE}")
+    ends = np.stack([pairs["left"], pairs["right"]])
+    bad = np.flatnonzero(((ends < 0) | (ends >= split.num_samples)).any(axis=0) | (pairs["is_same"] > 1))
+    if len(bad):
+        raise DataError(
+            f"{path}: pair {bad[0]} is {pairs[bad[0]]}; samples are in [0, {split.num_samples}) and is_same is 0 or 1; "
+            f"{len(bad)} such pairs"
+        )
+    return pairs
 
 
 def load_class_names(folder: Path, split: SplitInfo) -> ClassNames:

@@ -18,7 +18,7 @@ from megaclass.evaluate.identification import identification
 from megaclass.evaluate.one_shot import one_shot
 from megaclass.evaluate.retrieval import retrieval
 from megaclass.evaluate.similarity import check_unit_length
-from megaclass.evaluate.verification import verification
+from megaclass.evaluate.verification import given_verification, verification
 
 PROTOCOLS = ("verification", "identification", "retrieval", "one-shot")
 
@@ -47,6 +47,7 @@ def judge(
     groups: Sequence[str] | None,
     protocols: Sequence[str],
     gallery_source: int | None = None,
+    pairs: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """The outcome of each protocol asked for, as plain JSON values.
 
@@ -57,6 +58,7 @@ def judge(
         groups: name of each class's group, by label; None if the data set has none.
         protocols: names out of `PROTOCOLS`.
         gallery_source: identification: whose samples make the gallery (see `source_number`).
+        pairs: verification: the pairs that the data set gives, in place of those drawn by label.
 
     Returns:
         One entry per protocol, with `one-shot` under the key `one_shot`; see the protocols for what is in each.
@@ -74,7 +76,9 @@ def judge(
     for protocol in protocols:
         assert protocol in PROTOCOLS, protocol
         if protocol == "verification":
-            outcome["verification"] = verification(embeddings, classes)
+            outcome["verification"] = (
+                verification(embeddings, classes) if pairs is None else given_verification(embeddings, pairs)
+            )
         elif protocol == "identification":
             outcome["identification"] = identification(embeddings, classes, makers, gallery_source)
         elif protocol == "retrieval":

@@ -77,6 +77,32 @@ class FoldPairs:
     disjoint: bool
 
 
+def given_folds(pairs: np.ndarray) -> FoldPairs:
+    """Pairs that the data set gives, in ten folds of their order; the first have one more where ten is no divisor.
+
+    So the standard sets mean it, whose pairs come fold by fold (LFW: 300 positive, then 300 negative ones). Whether
+    folds share classes is not known, so `disjoint` is False.
+
+    Args:
+        pairs: [p] with the fields left, right and is_same (`megaclass.data.manifest.PAIR_DTYPE`).
+
+    Raises:
+        DataError: without some fold the others have no positive or no negative pair.
+    """
+    is_same = pairs["is_same"] == 1
+    folds = np.repeat(np.arange(NUM_FOLDS), [len(part) for part in np.array_split(is_same, NUM_FOLDS)])
+    for fold in range(NUM_FOLDS):
+        others = is_same[folds != fold]
+        if not others.any() or others.all():
+            raise DataError(
+                f"the {len(pairs)} given pairs have {int(is_same.sum())} positive ones, and the folds other than fold "
+                f"{fold} in their order only one kind; a threshold needs both: give more pairs, the kinds mixed"
+            )
+    # The fields of packed records lie apart, which torch does not take.
+    left, right = np.ascontiguousarray(pairs["left"]), np.ascontiguousarray(pairs["right"])
+    return FoldPairs(left, right, is_same, folds, disjoint=False)
+
+
 def fold_pairs(grouping: ClassOrder, draws: Draws) -> FoldPairs:
     """Up to 600 positive and as many negative pairs in each of ten folds.
 

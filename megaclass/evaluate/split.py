@@ -15,13 +15,21 @@ from torch import nn
 
 from megaclass.config import Config
 from megaclass.data.folder import DataFolder, files_of, open_folder
-from megaclass.data.manifest import load_class_names, load_index, load_split
+from megaclass.data.manifest import SplitInfo, load_class_names, load_index, load_pairs, load_split
 from megaclass.data.samples import iterate_split
-from megaclass.errors import DataError
+from megaclass.errors import ConfigError, DataError
 from megaclass.evaluate.baselines import embed_baselines
 from megaclass.evaluate.embed import EmbeddedSplit, LabelledImages, embed_split, score_on_main
 from megaclass.evaluate.judge import judge, source_number
 from megaclass.parallel.process import World
+
+# Of a split with given pairs.
+PROTOCOLS_OF_PAIRS = ("verification",)
+
+
+def usual_protocols(split: SplitInfo, protocols: tuple[str, ...]) -> tuple[str, ...]:
+    """What a split is judged by where nothing is asked for: `protocols`, or verification alone where it gives pairs."""
+    return protocols if split.pairs is None else PROTOCOLS_OF_PAIRS
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class EvaluationSet:
         sources: [num_samples] int64, number of each sample's source, in the split's order.
         groups: name of each class's group, or None.
         gallery_source: number of the source that is the gallery, or None.
+        pairs: the pairs that verification compares, or None where they are drawn by label.
     """
 
     files: DataFolder
@@ -40,6 +49,7 @@ class EvaluationSet:
     sources: np.ndarray
     groups: list[str] | None
     gallery_source: int | None
+    pairs: np.ndarray | None
     config: Config
 
     def batches(self, world: World) -> Iterator[LabelledImages]:
@@ -55,7 +65,9 @@ class EvaluationSet:
         """All protocols of the configuration on these embeddings; on one rank."""
         sources = self.sources[embedded.ids.numpy()]
         protocols = self.config.evaluate.protocols
-        return judge(embedded.embeddings, embedded.labels, sources, self.groups, protocols, self.gallery_source)
+        return judge(
+            embedded.embeddings, embedded.labels, sources, self.groups, protocols, self.gallery_source, self.pairs
+        )
 
 
 def open_evaluation(config: Config) -> EvaluationSet | None:
@@ -66,7 +78,7 @@ def open_evaluation(config: Config) -> EvaluationSet | None:
 
     Raises:
         DataError: no such data set or split, or it is empty.
-        ConfigError: the gallery's source does not exist.
+        ConfigError: the gallery's source does not exist, or of a split with given pairs more than these is asked.
     """
     evaluate = config.evaluate
     folder = evaluate.path or (None if config.dataset.reader == "synthetic" else config.dataset.path)
@@ -78,15 +90,25 @@ def open_evaluation(config: Config) -> EvaluationSet | None:
     split = load_split(folder, files.manifest, evaluate.split)
     if split.num_samples == 0:
         raise DataError(f"split {evaluate.split!r} of {folder} has no samples; make the data set with unseen classes")
-    with files.hold(split.classes, *(shard.index for shard in split.shards)):
+    if split.pairs is not None and evaluate.protocols != PROTOCOLS_OF_PAIRS:
+        raise ConfigError(
+            f"split {evaluate.split!r} of {folder} has given pairs, and of its images nothing else is known: "
+            f"evaluate.protocols is {', '.join(evaluate.protocols)}; give verification alone, and an "
+            "evaluate.best_metric of it"
+        )
+    with files.hold(
+        split.classes, *([] if split.pairs is None else [split.pairs]), *(shard.index for shard in split.shards)
+    ):
         records, _ = load_index(files.folder, evaluate.split, split)
         groups = load_class_names(files.folder, split).groups
+        pairs = load_pairs(files.folder, split)
     return EvaluationSet(
         files=files,
         split=evaluate.split,
         sources=records["source"].astype(np.int64),
         groups=groups,
         gallery_source=source_number(split.sources, evaluate.gallery_source),
+        pairs=pairs,
         config=config,
     )
 

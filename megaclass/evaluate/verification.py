@@ -1,8 +1,9 @@
 """Verification: are two samples of the same class?
 
-Two questions with two sets of pairs. The accuracy over ten folds uses few pairs, as many positive as negative ones,
-of classes that no two folds share. True accepts at a rate of false accepts of one in 10,000 need millions of negative
-pairs, and equal error is read off the same ones. Nothing here holds more than 8 million scores.
+Where the data set gives pairs, these and no others are compared. Else two questions have two sets of pairs. The
+accuracy over ten folds uses few pairs, as many positive as negative ones, of classes that no two folds share. True
+accepts at a rate of false accepts of one in 10,000 need millions of negative pairs, and equal error is read off the
+same ones. Nothing here holds more than 8 million drawn scores.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from megaclass.evaluate import metrics
 from megaclass.evaluate.class_order import ClassOrder, class_order
 from megaclass.evaluate.draws import Draws, Purpose
-from megaclass.evaluate.pairs import fold_pairs, positive_pairs
+from megaclass.evaluate.pairs import fold_pairs, given_folds, positive_pairs
 from megaclass.evaluate.similarity import blocks, on_grid, pair_cosines
 
 MAX_NEGATIVES = 8_000_000
@@ -56,6 +57,36 @@ def verification(embeddings: Tensor, labels: np.ndarray, *, seed: int = 0) -> di
         "eer": metrics.equal_error_rate(positive, negative),
         "num_fold_pairs": len(scores),
         "folds_share_classes": not chosen.disjoint,
+        "num_positive_pairs": len(positive),
+        "num_negative_pairs": len(negative),
+    }
+
+
+def given_verification(embeddings: Tensor, pairs: np.ndarray) -> dict[str, Any]:
+    """The same figures on the pairs that a data set gives, in ten folds of their order; nothing is drawn.
+
+    Args:
+        embeddings: [n, dim] float32, unit length, in the order of the split.
+        pairs: [p] of `megaclass.data.manifest.PAIR_DTYPE`.
+
+    Returns:
+        As `verification`, without folds_share_classes, which cannot be known; all figures rest on the same pairs.
+
+    Raises:
+        DataError: as `given_folds`.
+
+    Source: Huang et al., Labeled Faces in the Wild, 2007, protocol of view 2.
+    """
+    chosen = given_folds(pairs)
+    scores = pair_cosines(embeddings, chosen.left, chosen.right)
+    accuracy, deviation = metrics.fold_accuracy(scores, chosen.is_same, chosen.folds)
+    positive, negative = np.sort(scores[chosen.is_same]), np.sort(scores[~chosen.is_same])
+    return {
+        "accuracy": accuracy,
+        "accuracy_std": deviation,
+        "tar_at_far": {name: metrics.tar_at_far(positive, negative, one_in) for name, one_in in RATES.items()},
+        "eer": metrics.equal_error_rate(positive, negative),
+        "num_fold_pairs": len(scores),
         "num_positive_pairs": len(positive),
         "num_negative_pairs": len(negative),
     }

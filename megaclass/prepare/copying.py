@@ -5,17 +5,20 @@ Samples keep their order, so a data set in other shards has the same sample ids,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
-from megaclass.data.manifest import load_class_names, load_manifest
+from megaclass.data.manifest import MANIFEST_NAME, load_class_names, load_manifest, load_pairs
 from megaclass.data.samples import StoredSamples
 from megaclass.errors import ConfigError, DataError
-from megaclass.prepare.encode import EncodedImage, UnreadableImage, store
+from megaclass.prepare.digest import file_sha256
+from megaclass.prepare.encode import EncodedImage, Images, UnreadableImage, one_by_one, store
+from megaclass.prepare.options import WriteOptions
+from megaclass.prepare.plans import write_plans
 from megaclass.prepare.report import PreparationReport
-from megaclass.prepare.writer import SAMPLES_PER_SHARD, DatasetWriter, Progress, SplitPlan, writing_order
+from megaclass.prepare.writer import SplitPlan, check_output, writing_order
 
 
 def copy_dataset(
@@ -24,10 +27,7 @@ def copy_dataset(
     *,
     num_classes: int | None = None,
     samples_per_class: int | None = None,
-    samples_per_shard: int = SAMPLES_PER_SHARD,
-    overwrite: bool = False,
-    name: str | None = None,
-    progress: Progress | None = None,
+    **options: Unpack[WriteOptions],
 ) -> PreparationReport:
     """Write the data set in `folder` anew; of the split `train` all of it or a part, of other splits all.
 
@@ -36,10 +36,7 @@ def copy_dataset(
         out: folder of the copy.
         num_classes: classes of `train`; the same ones that `dataset.num_classes` trains on.
         samples_per_class: the first so many samples of each class of `train`.
-        samples_per_shard: samples in one tar shard.
-        overwrite: replace the data set in `out`.
-        name: name of the copy; by default the same.
-        progress: called with (samples done, samples in all).
+        options: see `WriteOptions`.
 
     Raises:
         ConfigError: an option or the output folder cannot be used, or it is `folder` itself.
@@ -52,6 +49,7 @@ def copy_dataset(
         raise ConfigError(f"--out {out} is the data set itself; give another folder")
     if "train" not in manifest.splits and (num_classes or samples_per_class):
         raise ConfigError(f"data set {folder} has no split 'train' to take a part of")
+    check_output(out, options.get("overwrite", False))
     opened: list[StoredSamples] = []
     plans: dict[str, SplitPlan] = {}
     try:
@@ -62,16 +60,18 @@ def copy_dataset(
             )
             opened.append(samples)
             plans[split] = _plan(folder, split, samples, samples_per_class if is_train else None)
-        total, done = sum(len(plan.labels) for plan in plans.values()), 0
-        with DatasetWriter(out, name or manifest.name, manifest.description, samples_per_shard, overwrite) as writer:
-            for split, plan in plans.items():
-                writer.write_split(split, plan, None if progress is None else _shifted(progress, done, total))
-                done += len(plan.labels)
-            written = writer.finish()
+        report = write_plans(
+            out,
+            plans,
+            name=manifest.name,
+            description=manifest.description,
+            conditions={"inputs": file_sha256(Path(folder) / MANIFEST_NAME)},
+            options=options,
+        )
     finally:
         for samples in opened:
             samples.close()
-    return PreparationReport(folder=Path(out), manifest=written)
+    return report.accounted(report.num_read, {})
 
 
 def _plan(folder: Path, split: str, samples: StoredSamples, samples_per_class: int | None) -> SplitPlan:
@@ -80,16 +80,23 @@ def _plan(folder: Path, split: str, samples: StoredSamples, samples_per_class: i
     kept = np.arange(samples.num_samples)
     if samples_per_class is not None:
         kept = kept[_place_in_class(samples.labels) < samples_per_class]
+    pairs = load_pairs(folder, manifest.splits[split])
+    if pairs is not None and len(kept) < manifest.splits[split].num_samples:
+        raise ConfigError(f"split {split!r} of {folder} has given pairs, of which no part can be taken; copy it whole")
     # The writer takes samples in an order of its own; seen through its inverse, that is the order they have.
     chosen = np.empty_like(kept)
-    chosen[writing_order(len(kept))] = kept
+    order = writing_order(len(kept))
+    chosen[order] = kept
+    if pairs is not None:
+        pairs["left"], pairs["right"] = order[pairs["left"]], order[pairs["right"]]
     return SplitPlan(
         names=[names.names[number] for number in samples.classes.tolist()],
         groups=None if names.groups is None else [names.groups[number] for number in samples.classes.tolist()],
         source_names=manifest.splits[split].sources,
         labels=samples.labels[chosen],
         sources=samples.sources[chosen],
-        load=_loader(samples, chosen),
+        images=_images(samples, chosen),
+        pairs=pairs,
     )
 
 
@@ -103,7 +110,7 @@ def _place_in_class(labels: np.ndarray) -> np.ndarray:
     return places
 
 
-def _loader(samples: StoredSamples, chosen: np.ndarray) -> Callable[[int], EncodedImage]:
+def _images(samples: StoredSamples, chosen: np.ndarray) -> Images:
     def load(number: int) -> EncodedImage:
         members, where = samples.stored(int(chosen[number]))
         try:
@@ -111,8 +118,4 @@ def _loader(samples: StoredSamples, chosen: np.ndarray) -> Callable[[int], Encod
         except UnreadableImage as error:
             raise DataError(f"{where}: the image cannot be read: {error}; make the data set again") from None
 
-    return load
-
-
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    return lambda done, _: progress(before + done, total)
+    return one_by_one(load)

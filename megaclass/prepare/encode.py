@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +39,15 @@ class EncodedImage:
     data: bytes
     extension: str
     mode: str
+
+
+# The samples with the given numbers ([n] int64), encoded, in this order; None is one that is left out.
+Images = Callable[[np.ndarray], Iterator[EncodedImage | None]]
+
+
+def one_by_one(load: Callable[[int], EncodedImage | None]) -> Images:
+    """Images that are at hand, or nearly so: made in this process, each when it is asked for."""
+    return lambda numbers: map(load, numbers.tolist())
 
 
 def decode(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:

@@ -12,11 +12,11 @@ import os
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
 from megaclass.errors import DataError
+from megaclass.prepare.digest import parts_sha256, state_of
 from megaclass.prepare.encode import MAX_FILE_BYTES, UnreadableImage
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm")
@@ -38,15 +38,13 @@ class ImageFiles:
         names: list[str],
         num_ignored: int,
         empty_folders: list[str],
-        read: Callable[[str], bytes],
-        close: Callable[[], None],
+        reader: FolderReader | ZipReader,
     ) -> None:
         self.root = root
         self.names = names
         self.num_ignored = num_ignored
         self.empty_folders = empty_folders
-        self._read = read
-        self._close = close
+        self.reader = reader
 
     def __enter__(self) -> ImageFiles:
         return self
@@ -54,7 +52,7 @@ class ImageFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
+        self.reader.close()
 
     def read(self, number: int) -> bytes:
         """The bytes of one file.
@@ -62,7 +60,62 @@ class ImageFiles:
         Raises:
             UnreadableImage: it cannot be read, or is larger than `MAX_FILE_BYTES`.
         """
-        return self._read(self.names[number])
+        return self.reader(self.names[number])
+
+    def state(self) -> str:
+        """A digest that is another one if a file was added, removed or changed, as far as sizes and times tell."""
+        if isinstance(self.reader, ZipReader):
+            return parts_sha256([state_of(self.root)])
+        return parts_sha256(f"{name}\0{state_of(self.root / name)}" for name in self.names)
+
+
+class FolderReader:
+    """Reads files below a folder by name; may be sent to other processes."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def __call__(self, name: str) -> bytes:
+        """The bytes of one file; raises `UnreadableImage`."""
+        return _read_file(self._root / name)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class ZipReader:
+    """Reads entries of a zip by name; may be sent to other processes, each of which opens the zip for itself."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._archive: zipfile.ZipFile | None = None
+        self._entries: dict[str, zipfile.ZipInfo] = {}
+
+    def __reduce__(self) -> tuple[type[ZipReader], tuple[Path]]:
+        return ZipReader, (self._path,)
+
+    def __call__(self, name: str) -> bytes:
+        """The bytes of one entry; raises `UnreadableImage`, and `DataError` if the zip cannot be opened any more."""
+        archive = self._archive or self.open()
+        if name not in self._entries:
+            raise UnreadableImage("no longer in the zip")
+        return _read_entry(archive, self._entries[name])
+
+    def open(self) -> zipfile.ZipFile:
+        """The zip, opened."""
+        try:
+            self._archive = zipfile.ZipFile(self._path)
+        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise DataError(f"{self._path} is neither a folder nor a readable zip: {error}") from None
+        for entry in self._archive.infolist():
+            self._entries[_zip_name(self._path, entry)] = entry
+        return self._archive
+
+    def close(self) -> None:
+        """Close the zip; the next read opens it again."""
+        if self._archive is not None:
+            self._archive.close()
+            self._archive = None
 
 
 def open_root(root: Path) -> ImageFiles:
@@ -84,15 +137,12 @@ def open_zip(path: Path) -> ImageFiles:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist; give a folder or a .zip with the images")
-    try:
-        archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise DataError(f"{path} is neither a folder nor a readable zip: {error}") from None
+    reader = ZipReader(path)
     try:
         entries: dict[str, zipfile.ZipInfo] = {}
         folders: set[str] = set()
         num_ignored = 0
-        for entry in archive.infolist():
+        for entry in reader.open().infolist():
             name = _zip_name(path, entry)
             if entry.is_dir():
                 folders.add(name.rstrip("/"))
@@ -109,12 +159,11 @@ def open_zip(path: Path) -> ImageFiles:
                 sorted(entries),
                 num_ignored,
                 _empty(folders, entries),
-                lambda name: _read_entry(archive, entries[name]),
-                archive.close,
+                reader,
             )
         )
     except BaseException:
-        archive.close()
+        reader.close()
         raise
 
 
@@ -182,11 +231,7 @@ def _open_folder(root: Path) -> ImageFiles:
                 raise DataError(f"file {path} is a link that leads out of {root}; put the file itself in its place")
             names.append(name)
     names.sort()
-    return _checked(
-        ImageFiles(
-            root, names, num_ignored, _empty(folders, names), lambda name: _read_file(real_root / name), lambda: None
-        )
-    )
+    return _checked(ImageFiles(root, names, num_ignored, _empty(folders, names), FolderReader(real_root)))
 
 
 def _read_file(path: Path) -> bytes:

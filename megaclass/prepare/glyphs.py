@@ -12,18 +12,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
 from megaclass.errors import ConfigError, DataError
 from megaclass.prepare.characters import TOO_FEW_FACES, CharacterSet, Reserve, reasons_against
-from megaclass.prepare.encode import encode_array
+from megaclass.prepare.digest import parts_sha256
+from megaclass.prepare.encode import encode_array, one_by_one
 from megaclass.prepare.faces import Face, Pen, find_faces
 from megaclass.prepare.lookalikes import TOLERANCE, first_of_each, merge_characters, shared_between_classes
+from megaclass.prepare.options import SplitOptions, unseen_tenth
 from megaclass.prepare.plans import Samples, write_dataset
 from megaclass.prepare.report import PreparationReport
-from megaclass.prepare.split import choose_unseen
-from megaclass.prepare.writer import SAMPLES_PER_SHARD, Progress, check_output
+from megaclass.prepare.writer import Progress, check_output
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,7 @@ def make_glyphs(
     tolerance: float = TOLERANCE,
     characters: CharacterSet = "all",
     reserve: Reserve | None = None,
-    unseen_fraction: float | None = None,
-    unseen_classes: int | None = None,
-    samples_per_shard: int = SAMPLES_PER_SHARD,
-    overwrite: bool = False,
-    name: str = "glyphs",
-    progress: Progress | None = None,
+    **options: Unpack[SplitOptions],
 ) -> PreparationReport:
     """Write a data set of the characters that the given fonts draw, dark on white.
 
@@ -73,12 +70,8 @@ def make_glyphs(
             one class; 0 merges equal pictures only.
         characters: `han` takes the unified ideographs alone.
         reserve: characters that appear nowhere in the data set.
-        unseen_fraction: share of classes, chosen by hash, kept unseen; 0.1 if `unseen_classes` is not given either.
-        unseen_classes: number of classes kept unseen, those of smallest hash.
-        samples_per_shard: samples in one tar shard.
-        overwrite: replace the data set in `out`.
-        name: name of the data set.
-        progress: called with (work done, work in all): faces drawn first, then samples written.
+        options: see `SplitOptions`; a tenth of the classes is kept unseen where they give no rule. Progress tells of
+            the faces drawn first, then of samples written.
 
     Classes are named by their smallest code point, `U+00041`; groups are not given. Sources are the faces' names.
 
@@ -90,14 +83,10 @@ def make_glyphs(
         Look-alikes take time with the square of the characters: half a minute in all for
         20,902 Han characters in three faces.
     """
-    if not 8 <= image_size <= 256:
-        raise ConfigError(f"image-size is {image_size}; allowed for glyphs is 8 to 256 pixels")
-    if min_faces < 1 or min_images < 1:
-        raise ConfigError(f"min-faces is {min_faces} and min-images {min_images}; both must be at least 1")
-    if not 0 <= tolerance < 1:
-        raise ConfigError(f"tolerance is {tolerance}; allowed is 0 up to, not including, 1")
-    check_output(out, overwrite)
+    _check_numbers(image_size, min_faces, min_images, tolerance)
+    check_output(out, options.get("overwrite", False))
     faces, passed_over = find_faces(fonts)
+    progress = options.get("progress")
     glyphs = draw_glyphs(faces, image_size, min_faces, min_images, tolerance, progress, characters, reserve)
     if not len(glyphs.classes):
         raise DataError(
@@ -106,11 +95,8 @@ def make_glyphs(
         )
     code_points, classes = np.unique(glyphs.classes, return_inverse=True)
     names = [f"U+{code:05X}" if code <= 0xFFFFF else f"U+{code:X}" for code in code_points.tolist()]
-    order = np.argsort(names, kind="stable")
-    rank = np.argsort(order)
+    rank = np.argsort(np.argsort(names, kind="stable"))
     names = sorted(names)
-    if unseen_fraction is None and unseen_classes is None:
-        unseen_fraction = 0.1
     report = write_dataset(
         out,
         Samples(
@@ -119,16 +105,27 @@ def make_glyphs(
             source_names=[face.name for face in faces],
             classes=rank[classes].astype(np.int64),
             sources=glyphs.faces,
-            load=lambda number: encode_array(255 - glyphs.rasters[number]),
+            images=one_by_one(lambda number: encode_array(255 - glyphs.rasters[number])),
         ),
-        choose_unseen(names, unseen_fraction=unseen_fraction, unseen_classes=unseen_classes),
-        name=name,
+        unseen_tenth(names, options),
+        name="glyphs",
         description=f"{len(names)} characters drawn by {len(faces)} typefaces",
-        samples_per_shard=samples_per_shard,
-        overwrite=overwrite,
-        progress=progress,
+        conditions={"inputs": parts_sha256([glyphs.rasters])},
+        options=options,
     )
-    return replace(report, counts=glyphs.counts, warnings=report.warnings + passed_over)
+    pictures = {reason: count for reason, count in glyphs.counts.items() if reason.startswith("pictures ")}
+    others = {reason: count for reason, count in glyphs.counts.items() if reason not in pictures}
+    report = report.accounted(sum(len(face.code_points) for face in faces), pictures, others)
+    return replace(report, warnings=report.warnings + passed_over)
+
+
+def _check_numbers(image_size: int, min_faces: int, min_images: int, tolerance: float) -> None:
+    if not 8 <= image_size <= 256:
+        raise ConfigError(f"image-size is {image_size}; allowed for glyphs is 8 to 256 pixels")
+    if min_faces < 1 or min_images < 1:
+        raise ConfigError(f"min-faces is {min_faces} and min-images {min_images}; both must be at least 1")
+    if not 0 <= tolerance < 1:
+        raise ConfigError(f"tolerance is {tolerance}; allowed is 0 up to, not including, 1")
 
 
 def draw_glyphs(

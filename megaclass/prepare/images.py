@@ -10,19 +10,20 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Unpack
 
 import numpy as np
 
 from megaclass.errors import ConfigError, DataError
-from megaclass.prepare.encode import Encoding, ImageMode
 from megaclass.prepare.files import ImageFiles, open_root
+from megaclass.prepare.options import ImportOptions, storing_of
 from megaclass.prepare.plans import Samples, write_dataset
 from megaclass.prepare.report import PreparationReport
 from megaclass.prepare.split import choose_unseen
-from megaclass.prepare.storing import Storing
-from megaclass.prepare.turns import with_quarter_turns
-from megaclass.prepare.writer import SAMPLES_PER_SHARD, Progress, check_output
+from megaclass.prepare.turns import as_they_are, with_quarter_turns
+from megaclass.prepare.writer import check_output
+
+_UNREADABLE = "images left out as unreadable"
 
 
 def import_images(
@@ -31,39 +32,21 @@ def import_images(
     *,
     class_depth: int = 1,
     source_pattern: str | None = None,
-    image_size: int | None = None,
-    image_mode: ImageMode | None = None,
-    encoding: Encoding = "png",
-    on_bad: Literal["stop", "skip"] = "stop",
     quarter_turns: bool = False,
-    unseen_fraction: float | None = None,
-    unseen_classes: int | None = None,
     unseen_groups: str | list[str] | None = None,
-    samples_per_shard: int = SAMPLES_PER_SHARD,
-    overwrite: bool = False,
-    name: str | None = None,
-    progress: Progress | None = None,
+    **options: Unpack[ImportOptions],
 ) -> PreparationReport:
     """Write a data set from a folder or zip of images, one folder per class.
 
     Args:
-        root: the folder or .zip.
+        root: the folder or .zip; its name is that of the data set where none is given.
         out: folder of the data set.
         class_depth: number of folder levels that make the class name.
         source_pattern: regular expression with one group, searched in the file name; the group is the sample's source
             (who or what made it), e.g. `_(\\d+)\\.png$`.
-        image_size: side of the stored images in pixels (aspect ratio not kept); by default the images as they are.
-        image_mode: "L" or "RGB" for all images; by default grey stays grey.
-        encoding: of images that must be encoded again: "png", or "jpg" of quality 95.
-        on_bad: what an unreadable image does: "stop" names it and stops, "skip" leaves it out and counts it.
         quarter_turns: add each class that is trained on, turned by 90, 180 and 270 degrees, as three more classes.
-        unseen_fraction: share of classes, chosen by hash, kept unseen; by default none.
-        unseen_classes: number of classes kept unseen, those of smallest hash.
         unseen_groups: "last:5" for the last five groups in sorted order, or group names separated by commas.
-        samples_per_shard: samples in one tar shard.
-        overwrite: replace the data set in `out`.
-        name: name of the data set; by default that of `root`.
-        progress: called with (samples done, samples in all).
+        options: see `ImportOptions`.
 
     Counts of the report: images left out as unreadable, files that are no images, samples without a source.
 
@@ -71,43 +54,60 @@ def import_images(
         ConfigError: an option or the output folder cannot be used.
         DataError: the root or an image in it cannot be used; the message names the file.
 
-    Cost: images are read one by one while writing; memory is one name per file.
+    Cost: images are read as they are written; memory is one name per file.
     """
     if class_depth < 1:
         raise ConfigError(f"class-depth is {class_depth}; it must be at least 1")
-    storing = Storing(image_size, image_mode, encoding, on_bad)
-    check_output(out, overwrite)
+    storing = storing_of(options, "png")
+    check_output(out, options.get("overwrite", False))
     with open_root(root) as files:
         layout = _layout(files, class_depth)
         source_names, sources = _sources(files, source_pattern)
         unseen = choose_unseen(
             layout.names,
             layout.groups,
-            unseen_fraction=unseen_fraction,
-            unseen_classes=unseen_classes,
+            unseen_fraction=options.get("unseen_fraction"),
+            unseen_classes=options.get("unseen_classes"),
             unseen_groups=unseen_groups,
         )
-        load = storing.loader(files.read, lambda number: f"{files.root}: image {files.names[number]}")
-        samples = Samples(layout.names, layout.groups, source_names, layout.classes, sources, load)
+        made = as_they_are(layout.names, layout.classes)
         if quarter_turns:
-            samples, unseen = with_quarter_turns(samples, unseen)
+            made = with_quarter_turns(layout.names, layout.classes, unseen)
+        places = made.samples
         report = write_dataset(
             out,
-            samples,
-            unseen,
-            name=name or Path(root).stem,
-            description=f"{len(samples.names)} classes from a folder per class",
-            samples_per_shard=samples_per_shard,
-            overwrite=overwrite,
-            progress=progress,
+            Samples(
+                made.names,
+                None if layout.groups is None else [layout.groups[number] for number in made.originals.tolist()],
+                source_names,
+                made.classes,
+                sources[places],
+                storing.images(
+                    files.reader,
+                    lambda number: files.names[places[number]],
+                    lambda number: f"{files.root}: image {files.names[places[number]]}",
+                    made.turns,
+                ),
+            ),
+            unseen[made.originals],
+            name=Path(root).stem,
+            description=f"{len(made.names)} classes from a folder per class",
+            conditions={**storing.conditions, "inputs": files.state(), "quarter_turns": quarter_turns},
+            options=options,
+            may_leave_out=storing.on_bad == "skip",
         )
-    counts = {
-        "images left out as unreadable": len(storing.skipped),
-        "files ignored (no image by extension, or hidden)": files.num_ignored,
-        "samples without a source": int((sources < 0).sum()) if source_pattern else 0,
-        "empty folders ignored": len(files.empty_folders),
-    }
-    return replace(report, counts=counts, warnings=report.warnings + _warnings(files, layout, sorted(storing.skipped)))
+    gone = report.all_left_out
+    files_gone = sorted(set(places[gone].tolist()))
+    report = report.accounted(
+        len(places),
+        {_UNREADABLE: len(gone)},
+        {
+            "files ignored (no image by extension, or hidden)": files.num_ignored,
+            "samples without a source": int((sources < 0).sum()) if source_pattern else 0,
+            "empty folders ignored": len(files.empty_folders),
+        },
+    )
+    return replace(report, warnings=report.warnings + _warnings(files, layout, files_gone))
 
 
 @dataclass(frozen=True)

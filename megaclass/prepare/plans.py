@@ -6,16 +6,18 @@ labels and follow their class into its split.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from megaclass.errors import DataError
-from megaclass.prepare.encode import EncodedImage
+from megaclass.prepare.encode import Images
+from megaclass.prepare.options import WriteOptions
 from megaclass.prepare.report import PreparationReport
-from megaclass.prepare.writer import DatasetWriter, Progress, SplitPlan
+from megaclass.prepare.unfinished import Conditions
+from megaclass.prepare.writer import SAMPLES_PER_SHARD, DatasetWriter, SplitPlan, shifted
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Samples:
         source_names: who or what made samples.
         classes: [num_samples] int64, positions in `names`.
         sources: [num_samples] int32, positions in `source_names`, -1 if unknown.
-        load: gives sample i encoded, or None if it is to be left out.
+        images: gives samples encoded, or None for one to be left out.
     """
 
     names: Sequence[str]
@@ -36,7 +38,7 @@ class Samples:
     source_names: Sequence[str]
     classes: np.ndarray
     sources: np.ndarray
-    load: Callable[[int], EncodedImage | None]
+    images: Images
 
 
 def plan_splits(samples: Samples, unseen: np.ndarray) -> dict[str, SplitPlan]:
@@ -56,13 +58,13 @@ def plan_splits(samples: Samples, unseen: np.ndarray) -> dict[str, SplitPlan]:
             source_names=samples.source_names,
             labels=label_of[samples.classes[chosen]],
             sources=samples.sources[chosen].astype(np.int32),
-            load=_loader(samples.load, chosen),
+            images=_of_split(samples.images, chosen),
         )
     return plans
 
 
-def _loader(load: Callable[[int], EncodedImage | None], chosen: np.ndarray) -> Callable[[int], EncodedImage | None]:
-    return lambda number: load(int(chosen[number]))
+def _of_split(images: Images, chosen: np.ndarray) -> Images:
+    return lambda numbers: images(chosen[numbers])
 
 
 def write_dataset(
@@ -72,32 +74,76 @@ def write_dataset(
     *,
     name: str,
     description: str,
-    samples_per_shard: int,
-    overwrite: bool,
-    progress: Progress | None,
+    conditions: Conditions | None,
+    options: WriteOptions,
+    may_leave_out: bool = False,
 ) -> PreparationReport:
-    """Split, write and finish a data set; the report has no counts yet. `progress` counts over all splits.
+    """Split, write, count and finish a data set; the report has no counts of the source's own yet.
+
+    Args:
+        folder: of the data set.
+        samples: all of them.
+        unseen: [num_classes] bool.
+        name: of the data set where the options give none.
+        description: of the data set.
+        conditions: see `DatasetWriter`; the plans are added here.
+        options: of them those that writing needs.
+        may_leave_out: whether `samples.images` may leave some out.
 
     Raises:
         ConfigError: the folder cannot be written to.
         DataError: no sample at all was left to write.
     """
-    plans = plan_splits(samples, unseen)
-    total = sum(len(plan.labels) for plan in plans.values())
-    done_before = 0
+    report = write_plans(
+        folder,
+        plan_splits(samples, unseen),
+        name=name,
+        description=description,
+        conditions=conditions,
+        options=options,
+        may_leave_out=may_leave_out,
+    )
+    of_split = {split: np.flatnonzero(unseen[samples.classes] == (split == "unseen")) for split in report.left_out}
+    return replace(report, left_out={split: of_split[split][left] for split, left in report.left_out.items()})
+
+
+def write_plans(
+    folder: Path,
+    plans: Mapping[str, SplitPlan],
+    *,
+    name: str,
+    description: str,
+    conditions: Conditions | None,
+    options: WriteOptions,
+    may_leave_out: bool = False,
+) -> PreparationReport:
+    """Write, count and finish a data set of these splits; see `write_dataset`."""
+    total, done = sum(len(plan.labels) for plan in plans.values()), 0
     warnings = []
-    with DatasetWriter(folder, name, description, samples_per_shard, overwrite) as writer:
+    if conditions is not None:
+        conditions = {**conditions, **{f"plan_of_{split}": plan.digest() for split, plan in plans.items()}}
+    with DatasetWriter(
+        folder,
+        options.get("name") or name,
+        description,
+        options.get("samples_per_shard", SAMPLES_PER_SHARD),
+        options.get("overwrite", False),
+        conditions=conditions,
+        may_leave_out=may_leave_out,
+    ) as writer:
         for split, plan in plans.items():
-            step = None if progress is None else _shifted(progress, done_before, total)
-            info = writer.write_split(split, plan, step)
-            done_before += len(plan.labels)
+            info = writer.write_split(split, plan, shifted(options.get("progress"), done, total))
+            done += len(plan.labels)
             if not info.num_samples:
                 warnings.append(f"split {split!r} has no samples")
         if len(warnings) == len(plans):
             raise DataError(f"no sample was left to write to {folder}; {folder} stays unfinished")
         manifest = writer.finish()
-    return PreparationReport(folder=Path(folder), manifest=manifest, warnings=warnings)
-
-
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    return lambda done, _: progress(before + done, total)
+    return PreparationReport(
+        folder=Path(folder),
+        manifest=manifest,
+        num_read=total,
+        num_continued=writer.num_continued,
+        left_out=writer.left_out,
+        warnings=writer.warnings + warnings,
+    )

@@ -71,6 +71,10 @@ class RecordFile:
     ) -> None:
         self._bytes.close()
 
+    def __reduce__(self) -> tuple[type[RecordFile], tuple[Path]]:
+        """Another process maps the file for itself."""
+        return RecordFile, (self._path,)
+
     def image(self, offset: int) -> bytes:
         """The image file in the record at `offset`."""
         payload, _ = self._record(offset)

@@ -9,17 +9,27 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Unpack
 
 import numpy as np
 from PIL import Image
 
 from megaclass.errors import ConfigError, DataError
-from megaclass.prepare.encode import EncodedImage, Encoding, UnreadableImage, decode, encode, resize, to_mode
+from megaclass.prepare.encode import (
+    EncodedImage,
+    Encoding,
+    UnreadableImage,
+    decode,
+    encode,
+    one_by_one,
+    resize,
+    to_mode,
+)
 from megaclass.prepare.files import ImageFiles, open_zip
+from megaclass.prepare.options import SplitOptions, unseen_tenth
 from megaclass.prepare.plans import Samples, write_dataset
 from megaclass.prepare.report import PreparationReport
-from megaclass.prepare.split import choose_unseen
-from megaclass.prepare.writer import SAMPLES_PER_SHARD, Progress, check_output
+from megaclass.prepare.writer import check_output
 
 
 def import_strips(
@@ -29,28 +39,19 @@ def import_strips(
     sources: Path | None = None,
     image_size: int | None = None,
     encoding: Encoding = "png",
-    unseen_fraction: float | None = None,
-    unseen_classes: int | None = None,
-    samples_per_shard: int = SAMPLES_PER_SHARD,
-    overwrite: bool = False,
-    name: str | None = None,
-    progress: Progress | None = None,
+    **options: Unpack[SplitOptions],
 ) -> PreparationReport:
     """Write a data set from a zip of strips.
 
     Args:
-        strips: zip of PNG files, all of the same size, as wide as a whole number of times their height.
+        strips: zip of PNG files, all of the same size, as wide as a whole number of times their height; its name is
+            that of the data set where none is given.
         out: folder of the data set.
         sources: JSON file with the names of the tiles' sources: a list, or an object with one list of text in it;
             without it they are called tile-00, tile-01, ...
         image_size: side of the stored images in pixels; by default the tiles as they are.
         encoding: "png", or "jpg" of quality 95.
-        unseen_fraction: share of classes, chosen by hash, kept unseen; 0.1 if `unseen_classes` is not given either.
-        unseen_classes: number of classes kept unseen, those of smallest hash.
-        samples_per_shard: samples in one tar shard.
-        overwrite: replace the data set in `out`.
-        name: name of the data set; by default that of the zip file.
-        progress: called with (samples done, samples in all).
+        options: see `SplitOptions`; a tenth of the classes is kept unseen where they give no rule.
 
     Raises:
         ConfigError: an option or the output folder cannot be used.
@@ -58,7 +59,7 @@ def import_strips(
 
     Cost: every strip is decoded once and its tiles are held encoded, so memory is about that of the data set.
     """
-    check_output(out, overwrite)
+    check_output(out, options.get("overwrite", False))
     if image_size is not None and not 8 <= image_size <= 4096:
         raise ConfigError(f"image-size is {image_size}; allowed is 8 to 4096 pixels")
     with open_zip(strips) as files:
@@ -75,26 +76,24 @@ def import_strips(
                     f"strips must have {size[0]} x {size[1]}, a whole number of square tiles"
                 )
             tiles += _cut(strip, image_size, encoding)
+        inputs = files.state()
     num_tiles = len(tiles) // len(names)
-    if unseen_fraction is None and unseen_classes is None:
-        unseen_fraction = 0.1
     samples = Samples(
         names=names,
         groups=None,
         source_names=_source_names(sources, num_tiles),
         classes=np.repeat(np.arange(len(names)), num_tiles),
         sources=np.tile(np.arange(num_tiles, dtype=np.int32), len(names)),
-        load=tiles.__getitem__,
+        images=one_by_one(tiles.__getitem__),
     )
     return write_dataset(
         out,
         samples,
-        choose_unseen(names, unseen_fraction=unseen_fraction, unseen_classes=unseen_classes),
-        name=name or Path(strips).stem,
+        unseen_tenth(names, options),
+        name=Path(strips).stem,
         description=f"{len(names)} classes of {num_tiles} tiles, cut from strips",
-        samples_per_shard=samples_per_shard,
-        overwrite=overwrite,
-        progress=progress,
+        conditions={"inputs": inputs, "image_size": image_size, "encoding": encoding},
+        options=options,
     )
 
 

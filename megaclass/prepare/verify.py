@@ -16,12 +16,21 @@ import numpy as np
 
 from megaclass.data.bad_samples import BadSample
 from megaclass.data.decode import decode_image
-from megaclass.data.manifest import INDEX_DTYPE, Manifest, ShardInfo, SplitInfo, load_class_names, load_manifest
+from megaclass.data.manifest import (
+    INDEX_DTYPE,
+    Manifest,
+    ShardInfo,
+    SplitInfo,
+    load_class_names,
+    load_manifest,
+    load_pairs,
+)
 from megaclass.errors import DataError
+from megaclass.prepare.digest import file_sha256
 from megaclass.prepare.encode import MAX_FILE_BYTES, UnreadableImage, decode
 from megaclass.prepare.report import VerificationReport
 from megaclass.prepare.tar_members import Member, walk
-from megaclass.prepare.writer import Progress, file_sha256
+from megaclass.prepare.writer import Progress
 
 # Of one kind of fault in one file so many are listed one by one, the rest as a number.
 _LISTED = 20
@@ -81,13 +90,15 @@ def _check_files(report: VerificationReport, manifest: Manifest) -> None:
     listed: Counter[str] = Counter()
     for split in manifest.splits.values():
         listed[split.classes] += 1
+        if split.pairs is not None:
+            listed[split.pairs] += 1
         for shard in split.shards:
             listed.update((shard.file, shard.index))
     for name, count in listed.items():
         if count > 1:
             report.faults.append(f"dataset.json: {name} is listed {count} times")
     for path in sorted(report.folder.iterdir()):
-        if path.name.endswith((".tar", ".index.npy", ".classes.json")) and path.name not in listed:
+        if path.name.endswith((".tar", ".index.npy", ".classes.json", ".pairs.npy")) and path.name not in listed:
             report.faults.append(f"{path.name}: extra file that dataset.json does not list")
 
 
@@ -95,6 +106,7 @@ def _check_split(
     report: VerificationReport, manifest: Manifest, name: str, split: SplitInfo, advance: Callable[[], None]
 ) -> None:
     _check_class_names(report, split)
+    _check_pairs(report, name, split)
     seen: Counter[int] = Counter()
     keys: set[str] = set()
     num_shards = 0
@@ -131,6 +143,21 @@ def _check_class_names(report: VerificationReport, split: SplitInfo) -> None:
             report.faults.append(f"{split.classes}: {len(names) - len(set(names))} class names are there twice")
     except OSError as error:
         report.faults.append(f"{split.classes}: cannot be read: {error.strerror}")
+    except DataError as error:
+        report.faults.append(str(error))
+
+
+def _check_pairs(report: VerificationReport, name: str, split: SplitInfo) -> None:
+    if (split.pairs is None) != (split.pairs_sha256 is None):
+        report.faults.append(f"dataset.json: split {name} has pairs without their SHA-256, or the other way round")
+    if split.pairs is None:
+        return
+    try:
+        load_pairs(report.folder, split)
+        if file_sha256(report.folder / split.pairs) != split.pairs_sha256:
+            report.faults.append(f"{split.pairs}: SHA-256 differs from dataset.json")
+    except OSError as error:
+        report.faults.append(f"{split.pairs}: cannot be read: {error.strerror}")
     except DataError as error:
         report.faults.append(str(error))
 

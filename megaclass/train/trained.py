@@ -15,9 +15,10 @@ from megaclass import checkpoint
 from megaclass.config import Config
 from megaclass.data.address import Location
 from megaclass.data.folder import open_folder
+from megaclass.data.manifest import load_split
 from megaclass.errors import CheckpointError, ConfigError
 from megaclass.evaluate.folder import embed_folder
-from megaclass.evaluate.split import evaluate_backbone, evaluate_baselines, open_evaluation
+from megaclass.evaluate.split import evaluate_backbone, evaluate_baselines, open_evaluation, usual_protocols
 from megaclass.parallel.process import World, choose_device
 from megaclass.train import build, state
 
@@ -68,14 +69,15 @@ def judge_run(
     folder = data or config.evaluate.path or config.dataset.path
     if folder is None:
         raise ConfigError("the run was trained without a data set on disk; say which to judge it on with --data DIR")
+    manifest = open_folder(folder, config.dataset.remote).manifest
     if split is None:
-        splits = open_folder(folder, config.dataset.remote).manifest.splits
-        split = "unseen" if "unseen" in splits else next(iter(splits))
+        split = "unseen" if "unseen" in manifest.splits else next(iter(manifest.splits))
+    usual = usual_protocols(load_split(folder, manifest, split), config.evaluate.protocols)
     changed = {
         "path": folder,
         "split": split,
         "batch_size": batch_size,
-        "protocols": tuple(dict.fromkeys(protocols or config.evaluate.protocols)),
+        "protocols": tuple(dict.fromkeys(protocols or usual)),
         # The run's own gallery belongs to its own data set.
         "gallery_source": gallery_source or (config.evaluate.gallery_source if data is None else None),
     }

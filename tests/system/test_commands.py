@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import time
 import urllib.request
@@ -17,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from megaclass.checkpoint import find_latest, verify
 from megaclass.cli import main
 from megaclass.observe.journal import read_metrics
-from tests.support.tiny_dataset import tiny_image
+from tests.support.tiny_dataset import encode, tiny_image
 from tests.support.training import small_config, small_dataset, train
 from tests.system.test_resume import start, wait_for_step
 
@@ -83,6 +84,27 @@ def test_evaluate_gives_what_training_reported(trained: Path, capsys: pytest.Cap
         assert again[name]["retrieval"] == pytest.approx(reported[name]["retrieval"], abs=1e-6)
     assert main(["evaluate", str(trained / "run"), "--split", "train", "--protocol", "retrieval"]) == 0
     assert "recall at 1" in capsys.readouterr().out
+
+
+def test_standard_pairs_are_judged_by_verification_alone(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`data bin`, then `evaluate`: on raw pixels a class and its noise are told apart without fault."""
+    pictures = [[encode(tiny_image(number, sample, 16, 1)) for sample in (0, 1)] for number in range(80)]
+    images = [picture for number in range(40) for picture in (pictures[number][0], pictures[number + number % 2][1])]
+    (tmp_path / "lfw.bin").write_bytes(pickle.dumps((images, [number % 2 == 0 for number in range(40)])))
+    assert main(["data", "bin", str(tmp_path / "lfw.bin"), "--out", str(tmp_path / "pairs")]) == 0
+    capsys.readouterr()
+    command = ["evaluate", str(trained / "run"), "--data", str(tmp_path / "pairs"), "--baselines", "--json"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["trained"]) == ["verification"]
+    assert found["pixels"]["verification"]["accuracy"] == 1
+    assert found["pixels"]["verification"]["num_fold_pairs"] == 40
+    assert main([*command, "--protocol", "retrieval"]) == 2
+    assert "split 'lfw' of" in capsys.readouterr().err
+    assert main([*command, "--split", "faces"]) == 3
+    assert "has no split 'faces'; it has lfw" in capsys.readouterr().err
 
 
 def test_embed_writes_what_interfaces_promise(trained: Path, tmp_path: Path) -> None:

@@ -10,14 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megaclass.data.manifest import PAIR_DTYPE
 from megaclass.errors import DataError
 from megaclass.evaluate import verification as module
 from megaclass.evaluate.class_order import class_order
 from megaclass.evaluate.draws import Draws, Purpose
 from megaclass.evaluate.metrics import equal_error_rate, tar_at_far
-from megaclass.evaluate.pairs import fold_pairs, negative_pairs, positive_pairs
-from megaclass.evaluate.similarity import unit_length
-from megaclass.evaluate.verification import negative_scores, positive_scores, verification
+from megaclass.evaluate.pairs import fold_pairs, given_folds, negative_pairs, positive_pairs
+from megaclass.evaluate.similarity import pair_cosines, unit_length
+from megaclass.evaluate.verification import given_verification, negative_scores, positive_scores, verification
 
 
 def _random(n, dim=7, seed=0):
@@ -175,3 +176,56 @@ def test_one_point_for_everything_accepts_nothing():
     assert outcome["accuracy"] == 0.5
     assert outcome["eer"] == 0.5
     assert outcome["tar_at_far"] == {"1e-2": 0.0, "1e-3": 0.0, "1e-4": 0.0}
+
+
+def _given(left, right, is_same):
+    pairs = np.empty(len(left), PAIR_DTYPE)
+    pairs["left"], pairs["right"], pairs["is_same"] = left, right, is_same
+    return pairs
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(20, 200), st.integers(0, 10**6))
+def test_given_pairs_are_compared_in_ten_folds_of_their_order(num_pairs, seed):
+    """The plain protocol, written out: each tenth judged at the threshold that is best on the other nine."""
+    rng = np.random.default_rng(seed)
+    is_same = rng.permutation(np.arange(num_pairs) % 2 == 0)
+    x = _random(400, 5, seed)
+    left, right = np.arange(num_pairs), 399 - np.arange(num_pairs)
+    outcome = given_verification(x, _given(left, right, is_same))
+    scores = pair_cosines(x, left, right)
+    accuracies = []
+    for part in np.array_split(np.arange(num_pairs), 10):
+        rest = np.setdiff1d(np.arange(num_pairs), part)
+        best = max([np.inf, *scores[rest]], key=lambda t: (np.sum((scores[rest] >= t) == is_same[rest]), t))
+        # Half-way between the lowest accepted and the highest rejected one of the nine folds.
+        below = scores[rest][scores[rest] < best]
+        if np.isfinite(best) and len(below):
+            best = (best + below.max()) / 2
+        accuracies.append(np.mean((scores[part] >= best) == is_same[part]))
+    assert outcome["accuracy"] == pytest.approx(np.mean(accuracies), abs=1e-12)
+    assert (outcome["num_positive_pairs"], outcome["num_fold_pairs"]) == (int(is_same.sum()), num_pairs)
+
+
+def test_perfect_and_hopeless_embeddings_on_given_pairs():
+    """As LFW has them: ten times 300 positive pairs, then 300 negative ones."""
+    is_same = np.tile(np.repeat([True, False], 300), 10)
+    left = np.arange(6000) * 2
+    x = torch.zeros(12_000, 3)
+    x[:, 0] = 1
+    x[torch.from_numpy(left[~is_same])] = torch.tensor([0.0, 1, 0])
+    outcome = given_verification(x, _given(left, left + 1, is_same))
+    assert (outcome["accuracy"], outcome["accuracy_std"], outcome["eer"]) == (1, 0, 0)
+    assert outcome["tar_at_far"] == {"1e-2": 1, "1e-3": 1, "1e-4": None}
+    outcome = given_verification(x, _given(left, left + 1, ~is_same))
+    assert outcome["accuracy"] == 0.5
+
+
+def test_folds_of_given_pairs():
+    pairs = given_folds(_given(np.arange(23), np.arange(23) + 1, np.arange(23) % 2))
+    assert np.bincount(pairs.folds).tolist() == [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
+    assert (np.diff(pairs.folds) >= 0).all()
+    with pytest.raises(DataError, match="the 20 given pairs have 2 positive ones, and the folds other than fold 3 in"):
+        given_folds(_given(np.arange(20), np.arange(20), np.arange(20) // 2 == 3))
+    with pytest.raises(DataError, match="the 0 given pairs have 0 positive ones"):
+        given_folds(_given([], [], []))

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megaclass.data.manifest import INDEX_DTYPE
-from megaclass.prepare.encode import encode_array
+from megaclass.prepare.digest import file_sha256
+from megaclass.prepare.encode import encode_array, one_by_one
 from megaclass.prepare.verify import verify
-from megaclass.prepare.writer import DatasetWriter, SplitPlan, file_sha256
+from megaclass.prepare.writer import DatasetWriter, SplitPlan
 
 NUM_CLASSES, PER_CLASS = 13, 3
 TAR, INDEX = "train-000000.tar", "train-000000.index.npy"
@@ -33,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
         source_names=["a", "b"],
         labels=labels,
         sources=np.zeros(len(labels), dtype=np.int32),
-        load=lambda number: encode_array(np.full((9, 7), number, dtype=np.uint8)),
+        images=one_by_one(lambda number: encode_array(np.full((9, 7), number, dtype=np.uint8))),
     )
     with DatasetWriter(tmp_path / "set", "tiny", samples_per_shard=20) as writer:
         writer.write_split("train", plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from webdataset import tariterators
 
 from megaclass.data.manifest import load_class_names, load_index, load_manifest
 from megaclass.errors import ConfigError, DataError
-from megaclass.prepare.encode import EncodedImage, encode_array
+from megaclass.prepare.encode import EncodedImage, encode_array, one_by_one
 from megaclass.prepare.plans import Samples, plan_splits, write_dataset
 from megaclass.prepare.writer import DatasetWriter, SplitPlan, check_output, writing_order
 
@@ -35,7 +36,7 @@ def plan_of(num_classes: int = NUM_CLASSES, per_class: int = PER_CLASS) -> Split
         source_names=["pen", "bruşh"],
         labels=labels,
         sources=(np.arange(len(labels), dtype=np.int32) % 3) - 1,
-        load=image_of,
+        images=one_by_one(image_of),
     )
 
 
@@ -119,7 +120,12 @@ def test_left_out_samples_leave_no_gap(tmp_path: Path) -> None:
     plan = plan_of()
     labels = plan.labels
     holes = SplitPlan(
-        plan.names, None, plan.source_names, labels, plan.sources, lambda i: None if i % 4 == 0 else image_of(i)
+        plan.names,
+        None,
+        plan.source_names,
+        labels,
+        plan.sources,
+        one_by_one(lambda i: None if i % 4 == 0 else image_of(i)),
     )
     calls: list[tuple[int, int]] = []
     with DatasetWriter(tmp_path, "holes", samples_per_shard=100) as writer:
@@ -159,7 +165,7 @@ def test_an_interrupted_run_is_unfinished_and_can_be_repeated(tmp_path: Path) ->
 
     plan = plan_of()
     with pytest.raises(KeyboardInterrupt), DatasetWriter(tmp_path, "cut", samples_per_shard=7) as writer:
-        writer.write_split("train", SplitPlan(plan.names, None, [], plan.labels, plan.sources, fail))
+        writer.write_split("train", SplitPlan(plan.names, None, [], plan.labels, plan.sources, one_by_one(fail)))
     with pytest.raises(DataError, match="is not a finished data set"):
         load_manifest(tmp_path)
     write(tmp_path)
@@ -183,15 +189,22 @@ def test_foreign_files_and_files_as_folder_are_refused(tmp_path: Path) -> None:
 def test_image_mode_is_rgb_if_any_image_is(tmp_path: Path) -> None:
     plan = plan_of(2, 2)
     colour = EncodedImage(image_of(1).data, "png", "RGB")
-    mixed = SplitPlan(plan.names, None, [], plan.labels, plan.sources, lambda i: colour if i == 3 else image_of(i))
+    mixed = SplitPlan(
+        plan.names,
+        None,
+        plan.source_names,
+        plan.labels,
+        plan.sources,
+        one_by_one(lambda i: colour if i == 3 else image_of(i)),
+    )
     with DatasetWriter(tmp_path, "mixed") as writer:
         writer.write_split("train", mixed)
         assert writer.finish().image_mode == "RGB"
 
 
-def samples_of(load: object = image_of) -> Samples:
+def samples_of(load: Callable[[int], EncodedImage | None] = image_of) -> Samples:
     plan = plan_of()
-    return Samples(plan.names, plan.groups, plan.source_names, plan.labels, plan.sources, load)  # type: ignore[arg-type]
+    return Samples(plan.names, plan.groups, plan.source_names, plan.labels, plan.sources, one_by_one(load))
 
 
 def test_splits_have_labels_of_their_own() -> None:
@@ -201,19 +214,20 @@ def test_splits_have_labels_of_their_own() -> None:
     assert plans["unseen"].groups == ["group 1", "group 2", "group 0"]
     assert plans["unseen"].labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     assert plans["train"].labels.tolist() == np.repeat(np.arange(10), 5).tolist()
-    assert plans["unseen"].load(0) == image_of(5)
+    assert list(plans["unseen"].images(np.array([0, 7]))) == [image_of(5), image_of(27)]
     assert list(plan_splits(samples_of(), np.ones(NUM_CLASSES, dtype=bool))) == ["unseen"]
 
 
 def test_progress_counts_over_all_splits(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    options = {"name": "n", "description": "", "samples_per_shard": 50, "overwrite": False}
     report = write_dataset(
         tmp_path,
         samples_of(),
         np.arange(NUM_CLASSES) < 2,
-        progress=lambda done, total: calls.append((done, total)),
-        **options,  # type: ignore[arg-type]
+        name="n",
+        description="",
+        conditions=None,
+        options={"samples_per_shard": 50, "progress": lambda done, total: calls.append((done, total))},
     )
     assert calls == [(55, 65), (65, 65)]
     assert "train: 11 classes, 55 samples, 2 sources, 2 shards" in report.text()
@@ -228,8 +242,7 @@ def test_nothing_to_write_is_an_error(tmp_path: Path) -> None:
             np.zeros(NUM_CLASSES, dtype=bool),
             name="n",
             description="",
-            samples_per_shard=50,
-            overwrite=False,
-            progress=None,
+            conditions=None,
+            options={},
         )
     assert not (tmp_path / "dataset.json").exists()
