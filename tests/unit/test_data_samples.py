@@ -120,3 +120,27 @@ def test_a_shard_that_shrinks_or_goes_while_it_is_read(tmp_path: Path) -> None:
     assert list(bad) == [0]
     assert "No such file" in bad[0].detail
     samples.close()
+
+
+def test_twins_share_the_index_and_part_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples_module, "_MAX_OPEN_SHARDS", 6)
+    folder = write_tiny_dataset(tmp_path, 5, 4, 9, 10)
+    samples = StoredSamples(folder, "train", image_size=9, channels=1, num_classes=4)
+    before = len(os.listdir("/proc/self/fd"))
+    twins = [samples.twin(3) for _ in range(3)]
+    ids = np.arange(samples.num_samples)
+    expected = samples.read(ids)
+    samples.close()
+    for twin in twins:
+        images, labels, bad = twin.read(ids)
+        assert np.array_equal(images, expected[0])
+        assert np.array_equal(labels, expected[1])
+        assert not bad
+        for sample_id in ids.tolist():
+            members, label, where = twin.encoded(sample_id)
+            assert (members.extension, label) == ("png", expected[1][sample_id])
+            assert f"key {members.key!r}" in where
+    assert len(os.listdir("/proc/self/fd")) == before + 6
+    for twin in twins:
+        twin.close()
+    assert len(os.listdir("/proc/self/fd")) == before
