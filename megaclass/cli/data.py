@@ -56,7 +56,7 @@ def _add_sources(kinds: Any) -> None:
     images.add_argument("--unseen-groups", metavar="NAMES", help="groups kept unseen: last:5, or names with commas")
     for made in (images, records, listed, pairs):
         made.add_argument(
-            "--jobs", type=int, metavar="N", default=len(os.sched_getaffinity(0)),
+            "--jobs", type=int, metavar="N",
             help="processes that decode and encode (default: the cores of this process); it changes no byte",
         )  # fmt: skip
     for made in (glyphs, images, records, listed):
@@ -102,6 +102,8 @@ def _given(known: argparse.Namespace, *names: str) -> dict[str, Any]:
     """The arguments that were given, for functions that have defaults of their own."""
     common = ("image_size", "unseen_fraction", "unseen_classes", "samples_per_shard", "name", "overwrite", "jobs")
     values = {name: getattr(known, name, None) for name in (*names, *common)}
+    if "jobs" in known and known.jobs is None:
+        values["jobs"] = len(os.sched_getaffinity(0))
     return {name: value for name, value in values.items() if value is not None}
 
 

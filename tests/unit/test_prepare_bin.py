@@ -18,6 +18,7 @@ from megaclass.prepare.copying import copy_dataset
 from megaclass.prepare.verification_bin import import_pairs, read_pairs
 from megaclass.prepare.verify import verify
 from tests.unit.test_prepare_images import picture
+from tests.unit.test_prepare_writer import write
 
 # Pair 0 is of images 0 and 1, and so on; images 0 and 5 are the same file.
 IMAGES = [picture(number, "RGB", "JPEG") for number in (3, 40, 80, 120, 160, 3, 200, 240)]
@@ -67,8 +68,6 @@ def test_data_sets_without_pairs_say_nothing_of_them(tmp_path: Path) -> None:
     import_pairs([tmp_path / "lfw.bin"], tmp_path / "out")
     content = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert content["splits"]["lfw"]["pairs"] == "lfw.pairs.npy"
-    from tests.unit.test_prepare_writer import write
-
     write(tmp_path / "other")
     assert "pairs" not in (tmp_path / "other" / "dataset.json").read_text()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megaclass.cli import main
 from megaclass.errors import ConfigError, DataError
 from megaclass.prepare import writer as writer_module
 from megaclass.prepare.copying import copy_dataset
@@ -326,3 +327,22 @@ def test_copies_continue(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
             copy_dataset(tmp_path / "set", tmp_path / "copy", samples_per_shard=10)
     assert copy_dataset(tmp_path / "set", tmp_path / "copy", samples_per_shard=10).num_continued == 2
     assert content(tmp_path / "copy") == content(tmp_path / "whole")
+
+
+def test_jobs_of_the_command_are_the_cores_unless_given(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes]
+) -> None:
+    seen: list[int] = []
+
+    def in_order(work: Any, items: Any, jobs: int) -> Any:
+        seen.append(jobs)
+        return (work(item) for item in items)
+
+    monkeypatch.setattr("megaclass.prepare.storing.in_order", in_order)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    given = ["--samples-per-shard", "7", "--unseen-classes", "3", "--image-size", "8"]
+    for name, jobs in (("a", []), ("b", ["--jobs", "5"])):
+        assert main(["data", "images", str(root), "--out", str(tmp_path / name), *given, *jobs]) == 0
+        assert content(tmp_path / name) == whole
+    assert seen == [3, 3, 5, 5]
+    assert main(["data", "images", str(root), "--out", str(tmp_path / "c"), "--jobs", "0"]) == 2
