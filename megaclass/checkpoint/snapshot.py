@@ -20,7 +20,7 @@ _MAY_CHANGE = {
     "train.keep_checkpoints",
     "train.device",
 }
-_SECTIONS_MAY_CHANGE = ("observe.", "evaluate.", "dataset.remote.")
+_SECTIONS_MAY_CHANGE = {"observe", "evaluate", "dataset.remote"}
 _LENGTH = {"train.steps", "train.epochs"}
 
 
@@ -63,7 +63,7 @@ def compare_config(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     lines = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key, "absent"), now.get(key, "absent")
-        if old == new or key in _MAY_CHANGE or key.startswith(_SECTIONS_MAY_CHANGE):
+        if old == new or key in _MAY_CHANGE or key.rpartition(".")[0] in _SECTIONS_MAY_CHANGE:
             continue
         hint = " (the schedule follows from it; give a new run.dir to train for longer)" if key in _LENGTH else ""
         lines.append(f"{key}: {_show(old)} -> {_show(new)}{hint}")

@@ -39,7 +39,7 @@ class Cache:
 
     def __init__(self, folder: Path, most_bytes: int, option: str = "dataset.remote.cache_gib") -> None:
         self.folder = Path(folder).expanduser().absolute()
-        self._most_bytes, self._option = most_bytes, option
+        self.most_bytes, self._option = most_bytes, option
 
     @contextmanager
     def hold(
@@ -111,7 +111,7 @@ class Cache:
         while True:
             with self._locked(self.folder / "lock", stop):
                 in_use, is_busy = self._make_room(part, num_bytes)
-                if in_use + num_bytes <= self._most_bytes:
+                if in_use + num_bytes <= self.most_bytes:
                     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
                     return open(os.open(part, flags, 0o600), "r+b", buffering=0)
             if not is_needed:
@@ -119,7 +119,7 @@ class Cache:
             if not is_busy:
                 raise DataError(
                     f"cache folder {self.folder} has no room for {part.name.rsplit('.', 2)[0]} of {num_bytes} bytes: "
-                    f"{in_use} of {self._most_bytes} are in use; set {self._option} to at least "
+                    f"{in_use} of {self.most_bytes} are in use; set {self._option} to at least "
                     f"{(in_use + num_bytes) / 2**30:.3g}"
                 )
             if stop.wait(_SECONDS_BETWEEN_LOOKS):
@@ -142,10 +142,10 @@ class Cache:
             total += size
             if not is_fetched_now:
                 kept.append((found.st_mtime, path, size))
-        if num_bytes > self._most_bytes:
+        if num_bytes > self.most_bytes:
             return total, False
         for _, path, size in sorted(kept):
-            if total + num_bytes <= self._most_bytes:
+            if total + num_bytes <= self.most_bytes:
                 break
             if self._remove(path):
                 total -= size

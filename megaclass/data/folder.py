@@ -107,6 +107,12 @@ class RemoteFolder(DataFolder):
         self._held.enter_context(self._hold_one(MANIFEST_NAME, self._never))
         super().__init__(address, self._cache.folder / self._content)
         self._expected |= _expected_files(self.manifest, address)
+        largest = max(self._expected.values(), key=lambda file: file.num_bytes or 0)
+        if (largest.num_bytes or 0) > self._cache.most_bytes:
+            raise DataError(
+                f"{address}: {largest.name} of {largest.num_bytes} bytes is more than dataset.remote.cache_gib "
+                f"{remote.cache_gib:g} holds; raise it, or make smaller shards with `megaclass data reshard`"
+            )
 
     @contextmanager
     def hold(self, *names: str) -> Iterator[None]:

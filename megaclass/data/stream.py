@@ -138,7 +138,8 @@ class ShardStream:
     def class_counts(self) -> NDArray[np.int64]:
         """[num_classes] int64, samples of each class in the split, from the index files."""
         counts = np.zeros(self._info.num_classes, np.int64)
-        for shard in self._filled.tolist():
+        # Each rank begins elsewhere: behind an address those of a node then fetch different ones at the same time.
+        for shard in np.roll(self._filled, -(len(self._filled) * self._rank // self._world_size)).tolist():
             with self._files.hold(self._info.shards[shard].index):
                 counts += np.bincount(self._index_labels(shard), minlength=len(counts))
         return counts
