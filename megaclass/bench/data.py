@@ -91,14 +91,14 @@ def _measured(
         for row in rows:
             measure.meet(world)
             # The first round fills caches and compiles what is compiled once.
-            _take_turn(row, found[row.name] if turn else Figures(), turn * _STRIDE, seconds)
-    growth = _growth(_own(rows, config), memory_samples) if memory_samples else None
+            take_turn(row, found[row.name] if turn else Figures(), turn * _STRIDE, seconds)
+    grown = growth(_own(rows, config), memory_samples) if memory_samples else None
     return Answer(
-        [(row.name, row.options, found[row.name]) for row in rows], missing, _model(world, config, repeats), growth
+        [(row.name, row.options, found[row.name]) for row in rows], missing, _model(world, config, repeats), grown
     )
 
 
-def _take_turn(row: Source, figures: Figures, position: int, seconds: float) -> None:
+def take_turn(row: Source, figures: Figures, position: int, seconds: float) -> None:
     """Read for so long, once what lay ready is used up."""
     images = row.open(position)
     try:
@@ -128,7 +128,7 @@ def _own(rows: list[Source], config: Config) -> Source:
     return next(row for row in rows if row.options == wanted)
 
 
-def _growth(row: Source, num_samples: int) -> float:
+def growth(row: Source, num_samples: int) -> float:
     """Bytes that memory grows by with every 1,000 images: a straight line through the last five sixths of so many."""
     images = row.open(0)
     number = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, auto
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,8 +112,11 @@ def draw_changes(
         augment: how strong each change is, and how likely.
         image_size: pixels a side.
     """
-    counters = (np.asarray(epochs)[:, None], np.asarray(sample_ids)[:, None], np.arange(len(Draw)))
-    draws = uniform(hash_counters(seed, Stream.AUGMENT, *counters))
+    number = _num_used(augment)
+    counters = (np.asarray(epochs)[:, None], np.asarray(sample_ids)[:, None], np.arange(number))
+    # Zero for those that nothing depends on: a change of probability 1 happens, one of probability 0 does not.
+    draws = np.zeros((len(sample_ids), len(Draw)))
+    draws[:, :number] = uniform(hash_counters(seed, Stream.AUGMENT, *counters))
     is_resampled, resampling = _resampling(draws, augment)
     brightness, contrast, saturation, hue = _colour(draws, augment)
     has_blur = draws[:, Draw.BLUR] < augment.blur
@@ -137,6 +141,13 @@ def draw_changes(
     )
 
 
+@lru_cache
+def _num_used(augment: Augment) -> int:
+    """How many numbers are to be drawn: a part of them where only the oldest options are on, to save time."""
+    oldest = dict.fromkeys(("flip", "shift", "scale", "rotation", "shear", "erase"), 0.0)
+    return Draw.HAS_SHIFT if augment.model_copy(update=oldest) == Augment() else len(Draw)
+
+
 def _resampling(draws: NDArray[np.float64], augment: Augment) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
     """Which samples are resampled, and [batch, 2, 3] from where.
 
@@ -147,7 +158,9 @@ def _resampling(draws: NDArray[np.float64], augment: Augment) -> tuple[NDArray[n
     is_resampled = np.zeros(len(draws), bool)
 
     def amount(strength: float, probability: float, chance: Draw, *which: Draw) -> list[NDArray[np.float64]]:
-        has = (draws[:, chance] < probability) & (strength > 0)
+        if not strength:
+            return [np.zeros(len(draws)) for _ in which]
+        has = draws[:, chance] < probability
         is_resampled[has] = True
         return [np.where(has, signed[:, number], 0.0) for number in which]
 
@@ -178,6 +191,9 @@ def _crop(draws: NDArray[np.float64], augment: Augment) -> tuple[NDArray[np.floa
     The area is even over its range and the logarithm of the aspect ratio over its; where such a rectangle would not
     fit, the ratio is the nearest that does, so that the area stays.
     """
+    if not augment.crop:
+        whole, nowhere = np.ones(len(draws)), np.zeros(len(draws))
+        return whole, whole, nowhere, nowhere
     area = np.log(_between(draws[:, Draw.CROP_AREA], *augment.crop_area))
     aspect = _between(draws[:, Draw.CROP_ASPECT], *np.log(augment.crop_aspect))
     aspect = np.clip(aspect, area, -area)
@@ -190,6 +206,9 @@ def _crop(draws: NDArray[np.float64], augment: Augment) -> tuple[NDArray[np.floa
 
 def _colour(draws: NDArray[np.float64], augment: Augment) -> tuple[NDArray[np.float64], ...]:
     """Factors of brightness, contrast and saturation, and the turn of the hue."""
+    if not (augment.brightness or augment.contrast or augment.saturation or augment.hue or augment.grey):
+        same = np.ones(len(draws))
+        return same, same, same, np.zeros(len(draws))
     has = draws[:, Draw.COLOUR] < augment.colour_probability
 
     def change(strength: float, number: Draw) -> NDArray[np.float64]:
@@ -207,6 +226,8 @@ def _colour(draws: NDArray[np.float64], augment: Augment) -> tuple[NDArray[np.fl
 def _low_resolution(
     draws: NDArray[np.float64], augment: Augment, image_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    if not augment.low_resolution:
+        return np.zeros(len(draws), np.int64), np.zeros((len(draws), 2), np.int64)
     has = draws[:, Draw.LOW_RESOLUTION] < augment.low_resolution
     share = _between(draws[:, Draw.LOW_RESOLUTION_SCALE], augment.low_resolution_scale, 1.0)
     side = np.maximum(1, np.floor(share * image_size))
@@ -215,6 +236,8 @@ def _low_resolution(
 
 
 def _erased(draws: NDArray[np.float64], probability: float, image_size: int) -> NDArray[np.int64]:
+    if not probability:
+        return np.zeros((len(draws), 4), np.int64)
     shortest, longest = _ERASE_SIDES
 
     def covered(side: Draw, start: Draw) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -75,10 +75,12 @@ def _resampled_and_erased(pixels: Tensor, changes: Changes) -> Tensor:
     result = normalise(pixels)
     places = torch.from_numpy(np.flatnonzero(changes.is_resampled))
     if len(places):
-        chosen = result if len(places) == len(result) else result[places]
-        grid = _sampling_grid(changes.resampling[changes.is_resampled], result.shape[-1])
+        is_all = len(places) == len(result)
+        rows = changes.resampling if is_all else changes.resampling[changes.is_resampled]
+        grid = _sampling_grid(rows, result.shape[-1])
+        chosen = result if is_all else result[places]
         moved = grid_sample(chosen, grid, mode="bilinear", padding_mode="border", align_corners=False)
-        if len(places) == len(result):
+        if is_all:
             result = moved
         else:
             result[places] = moved
