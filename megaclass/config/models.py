@@ -50,6 +50,9 @@ class Dataset(Section):
     reader: Literal["indexed", "stream", "synthetic"] = Field(
         "indexed", description="indexed: exact order and position; stream: shard by shard through webdataset"
     )
+    shuffle_window: int | None = Field(
+        None, ge=1, description="indexed: shuffle within this many shards at a time; default: over all samples"
+    )
     num_classes: int | None = Field(
         None, ge=1, description="indexed: train on this many classes of the split only; subsets are nested"
     )
@@ -70,6 +73,17 @@ class Dataset(Section):
         reason = {
             "stream": "dataset.reader stream reads whole shards; use indexed",
             "synthetic": "dataset.reader synthetic makes as many classes as dataset.synthetic.num_classes; give that",
+        }.get(info.data.get("reader", ""))
+        if value is not None and reason is not None:
+            raise PydanticCustomError("reader", "{reason}", {"reason": reason})
+        return value
+
+    @field_validator("shuffle_window")
+    @classmethod
+    def _only_with_shards(cls, value: int | None, info: ValidationInfo) -> int | None:
+        reason = {
+            "stream": "dataset.reader stream mixes shards through a buffer of its own; use indexed",
+            "synthetic": "dataset.reader synthetic has no shards",
         }.get(info.data.get("reader", ""))
         if value is not None and reason is not None:
             raise PydanticCustomError("reader", "{reason}", {"reason": reason})

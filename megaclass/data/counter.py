@@ -32,6 +32,7 @@ class Stream(IntEnum):
     NOISE = 7
     LABEL_NOISE = 8
     CLASS_ORDER = 9
+    WINDOW = 20
 
 
 def hash_counters(seed: int, stream: Stream, *counters: ArrayLike) -> NDArray[np.uint64]:

@@ -14,9 +14,10 @@ from megaclass.config import Augment
 from megaclass.data.bad_samples import SkipBudget
 from megaclass.data.label_noise import with_label_noise
 from megaclass.data.order import SampleOrder
-from megaclass.data.ordered import OrderedBatches
+from megaclass.data.ordered import Order, OrderedBatches
 from megaclass.data.reader import BatchReader, check_enough_samples
 from megaclass.data.samples import StoredSamples
+from megaclass.data.windows import WindowOrder
 
 
 class IndexedReader(BatchReader):
@@ -35,6 +36,7 @@ class IndexedReader(BatchReader):
         bad_sample_budget: largest share of skipped samples; see `SkipBudget`.
         accumulation_steps: only to check that the data set holds a global batch.
         shuffle: False keeps manifest order in every epoch.
+        shuffle_window: shuffle within this many shards at a time; see `WindowOrder`.
         num_classes: read this many classes only; see `StoredSamples`.
         label_noise: share of samples with a wrong label; see `NoisyLabels`.
 
@@ -61,15 +63,20 @@ class IndexedReader(BatchReader):
         bad_sample_budget: float = 0.001,
         accumulation_steps: int = 1,
         shuffle: bool = True,
+        shuffle_window: int | None = None,
         num_classes: int | None = None,
         label_noise: float = 0.0,
     ) -> None:
         samples = StoredSamples(folder, split, image_size=image_size, channels=channels, num_classes=num_classes)
         what = f"split {split!r} of {folder}"
         check_enough_samples(samples.num_samples, batch_size, world_size, accumulation_steps, what)
+        order: Order = SampleOrder(samples.num_samples, seed, shuffle)
+        if shuffle_window is not None:
+            assert shuffle
+            order = WindowOrder(samples.shard_sizes, seed, shuffle_window)
         batches = OrderedBatches(
             samples=with_label_noise(samples, samples.num_classes, label_noise, seed),
-            order=SampleOrder(samples.num_samples, seed, shuffle),
+            order=order,
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,

@@ -54,5 +54,6 @@ def open_reader(
         **common,
         **policy,
         num_classes=dataset.num_classes,
+        shuffle_window=dataset.shuffle_window,
         label_noise=dataset.label_noise,
     )
