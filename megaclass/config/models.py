@@ -48,6 +48,9 @@ class Dataset(Section):
         description="indexed: exact order and position; dali: the same, decoded by NVIDIA DALI on the run's device; "
         "stream: shard by shard through webdataset",
     )
+    shuffle_window: int | None = Field(
+        None, ge=1, description="indexed, dali: shuffle within this many shards at a time; default: over all samples"
+    )
     num_classes: int | None = Field(
         None, ge=1, description="indexed, dali: train on this many classes of the split only; subsets are nested"
     )
@@ -84,6 +87,17 @@ class Dataset(Section):
     def _only_streamed(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value is not None and info.data.get("reader") != "stream":
             raise PydanticCustomError("reader", "only dataset.reader stream has a buffer; leave it out")
+        return value
+
+    @field_validator("shuffle_window")
+    @classmethod
+    def _only_with_shards(cls, value: int | None, info: ValidationInfo) -> int | None:
+        reason = {
+            "stream": "dataset.reader stream mixes shards through dataset.shuffle_buffer; give that, or use indexed",
+            "synthetic": "dataset.reader synthetic has no shards",
+        }.get(info.data.get("reader", ""))
+        if value is not None and reason is not None:
+            raise PydanticCustomError("reader", "{reason}", {"reason": reason})
         return value
 
     @field_validator("label_noise")

@@ -32,7 +32,8 @@ class Stream(IntEnum):
     NOISE = 7
     LABEL_NOISE = 8
     CLASS_ORDER = 9
-    BACK_OFF = 20
+    BACK_OFF = 10
+    WINDOW = 11
 
 
 def hash_counters(seed: int, stream: Stream, *counters: ArrayLike) -> NDArray[np.uint64]:

@@ -30,10 +30,10 @@ from megaclass.data.batch import Batch
 from megaclass.data.dali_input import DaliInput, InputMaker
 from megaclass.data.dali_pipeline import BATCHES_AHEAD, DaliPipeline, Form, check_installed
 from megaclass.data.label_noise import with_label_noise
-from megaclass.data.order import SampleOrder
 from megaclass.data.ordered import OrderedBatches
 from megaclass.data.reader import check_enough_samples
 from megaclass.data.samples import StoredSamples
+from megaclass.data.windows import order_of
 
 _MAX_READING_THREADS = 8
 _CPU = torch.device("cpu")
@@ -72,6 +72,7 @@ class DaliReader:
         bad_sample_budget: float = 0.001,
         accumulation_steps: int = 1,
         shuffle: bool = True,
+        shuffle_window: int | None = None,
         num_classes: int | None = None,
         label_noise: float = 0.0,
         device: torch.device = _CPU,
@@ -91,7 +92,7 @@ class DaliReader:
             own = samples.twin(num_reading)
             ordered = OrderedBatches(
                 samples=with_label_noise(own, own.num_classes, label_noise, seed),
-                order=SampleOrder(samples.num_samples, seed, shuffle),
+                order=order_of(samples.shard_sizes, seed, shuffle, shuffle_window),
                 batch_size=batch_size,
                 rank=rank,
                 world_size=world_size,

@@ -13,10 +13,10 @@ from typing import Literal
 from megaclass.config import Augment
 from megaclass.data.bad_samples import SkipBudget
 from megaclass.data.label_noise import with_label_noise
-from megaclass.data.order import SampleOrder
 from megaclass.data.ordered import OrderedBatches
 from megaclass.data.reader import BatchReader, check_enough_samples
 from megaclass.data.samples import StoredSamples
+from megaclass.data.windows import order_of
 
 
 class IndexedReader(BatchReader):
@@ -35,6 +35,7 @@ class IndexedReader(BatchReader):
         bad_sample_budget: largest share of skipped samples; see `SkipBudget`.
         accumulation_steps: only to check that the data set holds a global batch.
         shuffle: False keeps manifest order in every epoch.
+        shuffle_window: shuffle within this many shards at a time; see `WindowOrder`.
         num_classes: read this many classes only; see `StoredSamples`.
         label_noise: share of samples with a wrong label; see `NoisyLabels`.
 
@@ -61,6 +62,7 @@ class IndexedReader(BatchReader):
         bad_sample_budget: float = 0.001,
         accumulation_steps: int = 1,
         shuffle: bool = True,
+        shuffle_window: int | None = None,
         num_classes: int | None = None,
         label_noise: float = 0.0,
     ) -> None:
@@ -69,7 +71,7 @@ class IndexedReader(BatchReader):
         check_enough_samples(samples.num_samples, batch_size, world_size, accumulation_steps, what)
         batches = OrderedBatches(
             samples=with_label_noise(samples, samples.num_classes, label_noise, seed),
-            order=SampleOrder(samples.num_samples, seed, shuffle),
+            order=order_of(samples.shard_sizes, seed, shuffle, shuffle_window),
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,

@@ -62,11 +62,15 @@ def open_reader(
         stream: dict[str, Any] = {"shuffle_buffer": dataset.shuffle_buffer, "remote": dataset.remote}
         return StreamReader(dataset.path, dataset.split, **common, **policy, **stream)
     assert isinstance(dataset.path, Path), dataset.path
-    classes: dict[str, Any] = {"num_classes": dataset.num_classes, "label_noise": dataset.label_noise}
+    chosen: dict[str, Any] = {
+        "num_classes": dataset.num_classes,
+        "shuffle_window": dataset.shuffle_window,
+        "label_noise": dataset.label_noise,
+    }
     if dataset.reader == "dali":
         from megaclass.data.dali import DaliReader
 
         return DaliReader(
-            dataset.path, dataset.split, **common, **policy, **classes, device=device or torch.device("cpu")
+            dataset.path, dataset.split, **common, **policy, **chosen, device=device or torch.device("cpu")
         )
-    return IndexedReader(dataset.path, dataset.split, **common, **policy, **classes)
+    return IndexedReader(dataset.path, dataset.split, **common, **policy, **chosen)

@@ -17,7 +17,7 @@ from megaclass.config import Augment
 from megaclass.data.bad_samples import BadSample
 from megaclass.data.batch import Batch, SkippedSample
 from megaclass.data.counter import Stream, hash_counters
-from megaclass.data.order import SampleOrder, rank_positions
+from megaclass.data.order import rank_positions
 from megaclass.data.transforms import transform
 from megaclass.errors import DataError
 
@@ -37,6 +37,18 @@ class Samples(Protocol):
         ...
 
 
+class Order(Protocol):
+    """Which sample stands at a position; see `SampleOrder` and `WindowOrder`."""
+
+    def sample_ids(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sample ids [n] int64 at positions [n]."""
+        ...
+
+    def epochs(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The epoch [n] int64 each position lies in, from 0."""
+        ...
+
+
 @dataclass(frozen=True)
 class OrderedBatches:
     """Position → the batch of one rank that starts there.
@@ -52,7 +64,7 @@ class OrderedBatches:
     """
 
     samples: Samples
-    order: SampleOrder
+    order: Order
     batch_size: int
     rank: int
     world_size: int

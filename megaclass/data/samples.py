@@ -120,6 +120,11 @@ class StoredSamples:
         return self._new_labels[self._records["label"]]
 
     @property
+    def shard_sizes(self) -> NDArray[np.int64]:
+        """[shards] int64, how many of the samples lie in each shard."""
+        return np.bincount(self._shard_numbers, minlength=len(self._paths))
+
+    @property
     def sources(self) -> NDArray[np.int32]:
         """[num_samples] int32, who or what made each sample; -1 if unknown."""
         return self._records["source"]

@@ -77,6 +77,12 @@ def test_every_mistake_of_a_configuration_at_once(run, dataset: Path, tmp_path: 
             2,
             "dataset.num_classes: 7 is not allowed: dataset.reader stream reads whole shards; use indexed",
         ),
+        (
+            ["--dataset.shuffle-window", "2", "--dataset.reader", "stream"],
+            2,
+            "dataset.shuffle_window: 2 is not allowed: dataset.reader stream mixes shards through a buffer of its own",
+        ),
+        (["--dataset.shuffle-window", "0"], 2, "dataset.shuffle_window: 0 is not allowed: Input should be greater"),
         (["--dataset.num-classes", "7"], 3, "has 35 samples, fewer than train.global_batch_size 36"),
         (["--dataset.label-noise", "1"], 2, "dataset.label_noise: 1 is not allowed: Input should be less than 1"),
         (

@@ -110,7 +110,13 @@ def own(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_classes": 7}, {"label_noise": 0.4}, {"num_classes": 13, "label_noise": 0.2, "shuffle": False}],
+    [
+        {},
+        {"num_classes": 7},
+        {"label_noise": 0.4},
+        {"shuffle_window": 2},
+        {"num_classes": 13, "label_noise": 0.2, "shuffle": False},
+    ],
     ids=str,
 )
 def test_same_samples_and_bits_at_every_world_size_over_the_end_of_an_epoch(
