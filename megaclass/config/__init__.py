@@ -4,7 +4,7 @@ Imports nothing heavy, so that a wrong option is reported in well under two seco
 """
 
 from megaclass.config.augment import Augment
-from megaclass.config.file import load, option_table, validate
+from megaclass.config.file import load, option_table, validate, with_defaults
 from megaclass.config.models import (
     Backbone,
     Classifier,
@@ -41,4 +41,5 @@ __all__ = [
     "load",
     "option_table",
     "validate",
+    "with_defaults",
 ]

@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
 
 from megaclass.config.models import Config
 from megaclass.data.address import redact
@@ -74,6 +75,22 @@ def option_table() -> list[tuple[str, str, str]]:
 
     walk(Config, "")
     return rows
+
+
+def with_defaults(content: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that was saved as plain JSON, with the defaults of options that were not there yet."""
+
+    def filled(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+        result = dict(values)
+        for name, field in model.model_fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                result[name] = filled(kind, values.get(name, {}))
+            elif name not in values:
+                result[name] = to_jsonable_python(field.get_default(call_default_factory=True))
+        return result
+
+    return filled(Config, content)
 
 
 def _form(kind: Any) -> str:

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from megaclass import checkpoint
-from megaclass.config import Config
+from megaclass.config import Config, with_defaults
 from megaclass.data.batch import Batch
 from megaclass.errors import CheckpointError, UserError
 from megaclass.evaluate.embed import score_on_main
@@ -182,7 +182,7 @@ class Attempt:
 
     def _resume(self, path: Path) -> None:
         snapshot = checkpoint.load(path, self.training.classifier.shard)
-        different = checkpoint.compare_config(snapshot.config, self.config.model_dump(mode="json"))
+        different = checkpoint.compare_config(with_defaults(snapshot.config), self.config.model_dump(mode="json"))
         if different:
             raise CheckpointError(
                 f"run directory {self.config.run.dir} was trained with another configuration: {'; '.join(different)}; "

@@ -168,6 +168,24 @@ def test_unreadable_files(tmp_path: Path, text: str, message: str) -> None:
     assert len(faults(tmp_path, text)) == 1
 
 
+def test_a_saved_configuration_gets_the_defaults_of_later_options() -> None:
+    """A run that was begun before an option existed may be continued: its configuration is that with the default."""
+    whole = config.validate({"dataset": {"path": "x"}, "train": {"steps": 9}}).model_dump(mode="json")
+    assert config.with_defaults(whole) == whole
+    earlier = {name: dict(section) for name, section in whole.items()}
+    for section, option in (
+        ("dataset", "shuffle_window"),
+        ("dataset", "remote"),
+        ("classifier", "row_memory"),
+        ("optim", "milestones"),
+        ("run", "dir"),
+    ):
+        del earlier[section][option]
+    del earlier["observe"]
+    assert config.with_defaults(earlier) == whole
+    assert config.with_defaults({**whole, "gone": {"option": 1}})["gone"] == {"option": 1}
+
+
 def test_missing_file_says_where_there_are_some(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing.yaml does not exist; CONFIG comes before the options"):
         config.load(tmp_path / "nothing.yaml")
