@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megaclass.bench import measure, ranks
-from megaclass.bench.processes import cpu_seconds, resident_bytes
+from megaclass.bench.processes import cpu_seconds, mapped_bytes, resident_bytes
 from megaclass.bench.sources import DECODING, Source, sources
 from megaclass.config import Augment, Config
 from megaclass.parallel.process import World
@@ -139,7 +139,7 @@ def growth(row: Source, num_samples: int) -> float:
             number += next(images)
             if number >= num_samples / 6 + len(places) * num_samples / 200:
                 places.append(number)
-                sizes.append(resident_bytes())
+                sizes.append(mapped_bytes())
     finally:
         images.close()
     return 1000 * float(np.polyfit(places, sizes, 1)[0]) if len(places) > 1 else 0.0

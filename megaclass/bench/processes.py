@@ -18,7 +18,12 @@ def cpu_seconds() -> float:
 
 def resident_bytes() -> int:
     """Memory of this process and its living children; what they share is counted once."""
-    return sum(_proportional_bytes(pid) for pid in (os.getpid(), *_children()))
+    return _summed("Pss:")
+
+
+def mapped_bytes() -> int:
+    """The same with what is shared counted by each: for differences, which then no other program's end can change."""
+    return _summed("Rss:")
 
 
 def _children() -> list[int]:
@@ -30,6 +35,9 @@ def _clock(pid: int) -> int:
     return (~pid << 3) | 2
 
 
-def _proportional_bytes(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+def _summed(field: str) -> int:
+    total = 0
+    for pid in (os.getpid(), *_children()):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    return total
