@@ -46,7 +46,7 @@ class Dataset(Section):
     reader: Literal["indexed", "dali", "stream", "synthetic"] = Field(
         "indexed",
         description="indexed: exact order and position; dali: the same, decoded by NVIDIA DALI on the run's device; "
-        "stream: shard by shard through webdataset",
+        "stream: shard by shard, shuffled by webdataset",
     )
     shuffle_window: int | None = Field(
         None, ge=1, description="indexed, dali: shuffle within this many shards at a time; default: over all samples"
