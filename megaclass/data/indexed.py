@@ -85,6 +85,7 @@ class IndexedReader(BatchReader):
             class_counts=samples.class_counts,
             num_samples=samples.num_samples,
             workers=workers,
+            batch_numbers=batch_size * channels * image_size**2,
             budget=SkipBudget(bad_sample_budget, samples.num_samples, world_size),
             release=samples.close,
         )

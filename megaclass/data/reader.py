@@ -4,17 +4,20 @@ Separate because the readers differ only in what they plan and how they make a b
 memory, the position and the skip budget are the same for all. Since every batch is made from its item alone, the
 number of workers changes no number.
 
-Processes: torch's DataLoader over the plan. Items go out and finished batches come back through its queues, at most
-two per worker ahead. Workers are forked and touch neither CUDA nor the network; they end with `close`, and by
-themselves within seconds when the trainer is killed.
+Processes: torch's DataLoader over the plan. Items go out and answers come back through its queues, at most two per
+worker ahead; images come back in memory that is shared with the workers from the beginning (`_Slots`). Workers are
+forked and touch neither CUDA nor the network; they end with `close`, and by themselves within seconds when the trainer
+is killed.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,10 +27,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from megaclass.data.bad_samples import SkipBudget
-from megaclass.data.batch import Batch
+from megaclass.data.batch import Batch, SkippedSample
 from megaclass.errors import DataError, UserError
 
 _BATCHES_AHEAD = 2
+_ALIGNMENT = 64
 
 
 class BatchReader:
@@ -39,6 +43,7 @@ class BatchReader:
         class_counts: [num_classes] int64, samples of each class; labels are in [0, num_classes).
         num_samples: of an epoch, over all ranks.
         workers: decoding processes; 0 makes the batches in the trainer's process when they are asked for.
+        batch_numbers: most numbers in the images of a batch.
         budget: what may be skipped.
         release: closes what `make` opened in this process.
     """
@@ -51,6 +56,7 @@ class BatchReader:
         class_counts: NDArray[np.int64],
         num_samples: int,
         workers: int,
+        batch_numbers: int,
         budget: SkipBudget,
         release: Callable[[], None] = lambda: None,
     ) -> None:
@@ -60,6 +66,7 @@ class BatchReader:
         self._plan = plan
         self._make = make
         self._workers = workers
+        self._batch_numbers = batch_numbers
         self._budget = budget
         self._release = release
         self._position = 0
@@ -90,8 +97,9 @@ class BatchReader:
 
     def _batches(self, position: int) -> Generator[Batch, None, None]:
         self._budget.restart()
+        slots = _Slots(self._workers, self._batch_numbers * torch.float32.itemsize)
         loader = DataLoader(
-            _Calls(self._make),
+            _Calls(self._make, slots),
             sampler=self._plan(position),
             batch_size=None,
             num_workers=self._workers,
@@ -99,7 +107,6 @@ class BatchReader:
             worker_init_fn=_obey_the_trainer_only,
             multiprocessing_context="fork" if self._workers else None,
             prefetch_factor=_BATCHES_AHEAD if self._workers else None,
-            pin_memory=torch.cuda.is_available(),
             # Without one of its own, the loader would draw a number from the global generator.
             generator=torch.Generator(),
         )
@@ -109,10 +116,9 @@ class BatchReader:
                 result = next(results)
                 if isinstance(result, UserError):
                     raise result
-                tensors, position, skipped, num_read = result
-                images, labels, ids = tensors
-                self._budget.count(len(ids), skipped)
-                yield Batch(images, labels, ids, position, tuple(skipped), num_read)
+                batch = slots.take(result) if isinstance(result, _InSlot) else _pinned(result)
+                self._budget.count(len(batch.ids), batch.skipped)
+                yield batch
         finally:
             # Left alone, the loader ends its workers when its iterator is collected: late, if an exception refers to
             # it, and then perhaps in a copy of it in the workers of another reader. It has no public way to end them.
@@ -123,25 +129,96 @@ class BatchReader:
 class _Calls(Dataset[Any]):
     """`make` as a data set: an item is its own index."""
 
-    def __init__(self, make: Callable[[Any], Batch]) -> None:
+    def __init__(self, make: Callable[[Any], Batch], slots: _Slots) -> None:
         self._make = make
+        self._slots = slots
 
-    def __getitem__(self, item: Any) -> Any:
+    def __getitem__(self, item: Any) -> Batch | _InSlot | UserError:
         # Errors of the user's travel as values: the loader would wrap them in the text of a traceback.
         try:
             batch = self._make(item)
         except UserError as error:
             return error
-        images = batch.images if get_worker_info() is None else _shared(batch.images)
-        return (images, batch.labels, batch.ids), batch.position, batch.skipped, batch.num_read
+        worker = get_worker_info()
+        return batch if worker is None else self._slots.put(batch, worker.id)
 
 
-def _shared(tensor: Tensor) -> Tensor:
-    """A copy in memory that processes share, of the same layout; half the time of `share_memory_` on a large tensor."""
-    assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a view would take its holes along"
-    storage = torch.UntypedStorage._new_shared(tensor.nbytes)
-    shared = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
-    return shared.copy_(tensor)
+@dataclass(frozen=True)
+class _InSlot:
+    """A batch on its way out of a worker: its images lie in a slot, the rest goes through a queue."""
+
+    slot: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    labels: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    position: int
+    skipped: tuple[SkippedSample, ...]
+    num_read: int | None
+
+
+class _Slots:
+    """Memory for images that the trainer shares with its workers; made before they are forked.
+
+    Each worker goes round three slots of its own. It is at most two batches ahead of the trainer, and the trainer asks
+    for the next batch when it has copied the last one: so no slot is written to before it has been copied. Memory that
+    is used again costs no page faults, which are a third of the time of a small image; and being no file, it knows no
+    limit of /dev/shm.
+
+    Args:
+        workers: that write.
+        batch_bytes: of the images of a batch, at most.
+    """
+
+    def __init__(self, workers: int, batch_bytes: int) -> None:
+        self._slot_bytes = -(-batch_bytes // _ALIGNMENT) * _ALIGNMENT
+        self._num_put = 0
+        if workers:
+            memory = mmap.mmap(-1, workers * (_BATCHES_AHEAD + 1) * self._slot_bytes)
+            self._memory = torch.frombuffer(memory, dtype=torch.uint8)
+
+    def put(self, batch: Batch, worker: int) -> _InSlot:
+        """Lay the images of a batch down; in the worker."""
+        images, labels, ids = batch.images, batch.labels.numpy(), batch.ids.numpy()
+        slot = worker * (_BATCHES_AHEAD + 1) + self._num_put % (_BATCHES_AHEAD + 1)
+        self._num_put += 1
+        there = _InSlot(
+            slot,
+            images.shape,
+            images.stride(),
+            images.dtype,
+            labels,
+            ids,
+            batch.position,
+            batch.skipped,
+            batch.num_read,
+        )
+        self._images(there).copy_(images)
+        return there
+
+    def take(self, there: _InSlot) -> Batch:
+        """The batch with a copy of its images; in the trainer."""
+        images = torch.empty_strided(
+            there.shape, there.stride, dtype=there.dtype, pin_memory=torch.cuda.is_available()
+        ).copy_(self._images(there))
+        labels, ids = torch.from_numpy(there.labels), torch.from_numpy(there.ids)
+        return Batch(images, labels, ids, there.position, there.skipped, there.num_read)
+
+    def _images(self, there: _InSlot) -> Tensor:
+        num_bytes = there.shape.numel() * there.dtype.itemsize
+        assert num_bytes <= self._slot_bytes, (num_bytes, self._slot_bytes)
+        start = there.slot * self._slot_bytes
+        return (
+            self._memory[start : start + num_bytes]
+            .view(there.dtype)
+            .as_strided(there.shape, there.stride, start // there.dtype.itemsize)
+        )
+
+
+def _pinned(batch: Batch) -> Batch:
+    """The batch with its images where a GPU copies them from in the background, if there is one."""
+    return replace(batch, images=batch.images.pin_memory()) if torch.cuda.is_available() else batch
 
 
 def _as_is(result: Any) -> Any:

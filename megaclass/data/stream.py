@@ -308,6 +308,7 @@ class StreamReader(BatchReader):
             class_counts=stream.class_counts(),
             num_samples=info.num_samples,
             workers=workers,
+            batch_numbers=batch_size * channels * image_size**2,
             budget=SkipBudget(bad_sample_budget, info.num_samples, world_size),
             release=files.close,
         )

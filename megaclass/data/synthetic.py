@@ -129,5 +129,6 @@ class SyntheticReader(BatchReader):
             class_counts=samples.class_counts(),
             num_samples=samples.num_samples,
             workers=workers,
+            batch_numbers=batch_size * channels * image_size**2,
             budget=SkipBudget(0.0, samples.num_samples, world_size),
         )

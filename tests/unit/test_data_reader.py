@@ -37,7 +37,7 @@ def numbered(make: Any = None, workers: int = 2) -> BatchReader:
         if make is not None:
             make(position)
         ids = torch.tensor([position, os.getpid()])
-        return Batch(torch.zeros(2, 1, 8, 8), ids, ids, position + 2)
+        return Batch(torch.full((2, 1, 8, 8), float(position)), ids, ids, position + 2)
 
     return BatchReader(
         lambda position: count(position, 2),
@@ -45,6 +45,7 @@ def numbered(make: Any = None, workers: int = 2) -> BatchReader:
         class_counts=np.array([100]),
         num_samples=100,
         workers=workers,
+        batch_numbers=2 * 8 * 8,
         budget=SkipBudget(0, 100, 1),
     )
 
@@ -133,6 +134,49 @@ def test_workers_outlive_the_signals_of_a_scheduler() -> None:
     assert {int(next(iterator).ids[1]) for _ in range(20)} == workers
     reader.close()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("pause", [0.0, 0.002])
+def test_images_are_never_those_of_a_later_batch(workers: int, pause: float) -> None:
+    """Slots are used again and again; whoever is the slower one, trainer or workers, nothing is written over."""
+
+    def late(position: int) -> None:
+        if pause and position % 3 == 0:
+            time.sleep(pause)
+
+    reader = numbered(late, workers)
+    held = []
+    for number, batch in enumerate(reader):
+        if number % 5 == 0 and not pause:
+            time.sleep(0.005)
+        assert batch.images.eq(batch.position - 2).all()
+        held.append(batch)
+        if number == 60:
+            break
+    reader.close()
+    for batch in held:
+        assert batch.images.eq(batch.position - 2).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_layout_and_type_of_images_survive_the_way(workers: int) -> None:
+    made: list[torch.Tensor] = [
+        torch.arange(2 * 5 * 5 * 3, dtype=torch.uint8).view(2, 5, 5, 3).permute(0, 3, 1, 2),
+        torch.randn(2, 3, 5, 5),
+    ]
+    ids = torch.arange(2)
+    reader = BatchReader(
+        lambda position: count(position, 2), lambda position: Batch(made[position // 2 % 2], ids, ids, position + 2),
+        class_counts=np.array([100]), num_samples=100, workers=workers, batch_numbers=2 * 5 * 5 * 3,
+        budget=SkipBudget(0, 100, 1),
+    )  # fmt: skip
+    for batch, _ in zip(reader, range(9), strict=False):
+        expected = made[(batch.position - 2) // 2 % 2]
+        assert batch.images.dtype == expected.dtype
+        assert batch.images.stride() == expected.stride()
+        assert torch.equal(batch.images, expected)
+    reader.close()
 
 
 TRAINER = """
