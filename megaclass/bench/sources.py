@@ -56,7 +56,7 @@ def sources(config: Config, world: World, workers: Sequence[int]) -> tuple[list[
     found: list[Source] = []
     missing: dict[str, str] = {}
     is_stored = config.dataset.reader != "synthetic"
-    is_folder = isinstance(config.dataset.path, Path)
+    is_folder = is_stored and isinstance(config.dataset.path, Path)
     if is_folder:
         found += [
             Source(BYTES, {}, lambda position: _bytes(config, world, position)),

@@ -83,7 +83,7 @@ def read(folder: Path, reader: str, policy: str) -> str:
         try:
             batches = iter(made)
             for _ in range(min(-(-made.num_samples // 5), 8)):
-                batch = next(batches)
+                batch = next(batches).to(torch.device("cpu"))
                 num_skipped += len(batch.skipped)
                 assert batch.images.shape == (5, 1, 8, 8)
                 assert torch.isfinite(batch.images).all()

@@ -67,8 +67,11 @@ def make_run(folder: Path, monitors: dict[str, float] = MONITORS) -> Path:
                     "evaluation": {"trained": evaluation(0.98), "untrained": evaluation(0.66)},
                 }
             )
-    config = {"dataset": {"path": "s3://me:hunter2@store/data"}, "train": {"steps": 300}}
-    (folder / "config.yaml").write_text(validate(config).to_yaml())
+    config = {"dataset": {"path": "s3://store/data", "reader": "stream"}, "train": {"steps": 300}}
+    # No configuration takes a password any more, but a run may have been begun before that.
+    text = validate(config).to_yaml().replace("s3://store", "s3://me:hunter2@store")
+    assert "hunter2" in text
+    (folder / "config.yaml").write_text(text)
     return folder
 
 
@@ -125,7 +128,7 @@ def test_the_report_tells_what_the_run_did(tmp_path: Path) -> None:
         "read = trained + skipped",
         "productive 1m 20s (80.0%)",
         "Dotted lines",
-        "s3:/***@store/data",
+        "***@store/data",
     ):
         assert expected in page.text, expected
     assert "hunter2" not in path.read_text()

@@ -78,11 +78,12 @@ def test_jobs_below_one() -> None:
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from tests.unit.test_prepare_processes import squared
 from megaclass.prepare.processes import in_order
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started deaf to it
     try:
         for number, (_, process) in enumerate(in_order(squared, iter(int, 1), 2)):
             if number % 4 == 0:

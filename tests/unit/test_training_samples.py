@@ -68,7 +68,7 @@ def test_images_and_labels_are_those_that_the_reader_gives(tmp_path: Path, optio
     samples.close()
     assert not bad
     assert labels.tolist() == batch.labels.tolist()
-    assert torch.equal(normalise(torch.from_numpy(images).permute(0, 3, 1, 2)), batch.images)
+    assert torch.equal(normalise(torch.from_numpy(images).permute(0, 3, 1, 2)), batch.to(torch.device("cpu")).images)
 
 
 def test_wrong_labels_are_seen_as_training_saw_them(tmp_path: Path) -> None:
