@@ -87,6 +87,7 @@ study: data-hanglyph data-hanglyph-all data-omniglot
 #   make study-large   the rates again at 21,150 classes
 study-large: data-cjk
 	$(call STUDY,large)
+	$(call STUDY,large-more)
 
 #   make study-head    what the class layer costs at one million classes
 study-head: $(VENV)/package
@@ -118,7 +119,8 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/everything)
 test: $(VENV)/everything
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
-#   make test-full the whole grid of the oracle test: every loss x sampler x kernel x world size x odd size
+#   make test-full the whole grid of the oracle test: every loss x sampler x kernel x world size x odd size; a million
+#                  samples at every world size; five thousand damaged data sets
 test-full: $(VENV)/everything
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m full
 
