@@ -15,7 +15,7 @@ DALI_AUGMENT = frozenset(
 
 
 class Augment(Section):
-    """Random changes of a training image; each is drawn from (seed, epoch, sample id) and nothing else."""
+    """Random changes of a training image; each is drawn from (seed, visit, sample id) and nothing else."""
 
     flip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
     shift: float = Field(0.0, ge=0, le=0.5, description="largest shift, as a share of the image side")

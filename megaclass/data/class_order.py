@@ -21,7 +21,7 @@ from megaclass.data.counter import Stream, hash_counters
 from megaclass.data.order import SampleOrder, permuted
 
 # So few are sorted sooner than a network over a power of two finds its way down to them.
-_FEW = 32
+_FEW = 64
 _PACK, _HAND = 0, 1
 _CLASSES, _SAMPLES = 0, 1
 

@@ -29,7 +29,7 @@ class IndexedReader(BatchReader):
         rank, world_size: which part of every micro-batch to read.
         seed: of the order, the augmentation and the substitutes; same on every rank.
         image_size, channels: of the images yielded, [batch, channels, image_size, image_size].
-        augment: random changes; each drawn from (seed, epoch, sample id).
+        augment: random changes; each drawn from (seed, visit, sample id).
         workers: decoding processes; changes no number.
         on_bad_sample: `stop` raises; `skip` puts another sample, picked by hash, in its place.
         bad_sample_budget: largest share of skipped samples; see `SkipBudget`.
