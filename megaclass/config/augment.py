@@ -7,9 +7,15 @@ from pydantic_core import PydanticCustomError
 
 from megaclass.config.section import Section
 
+# A change is listed once a test has compared it with the default reader's; any other is refused.
+DALI_AUGMENT = frozenset(
+    {"flip", "erase", "crop", "crop_area", "crop_aspect"}
+    | {name + kind for name in ("shift", "scale", "rotation", "shear") for kind in ("", "_probability")}
+)
+
 
 class Augment(Section):
-    """Random changes of a training image; each is drawn from (seed, epoch, sample id) and nothing else."""
+    """Random changes of a training image; each is drawn from (seed, visit, sample id) and nothing else."""
 
     flip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
     shift: float = Field(0.0, ge=0, le=0.5, description="largest shift, as a share of the image side")
@@ -56,3 +62,12 @@ class Augment(Section):
             for name in given
             if channels == 1
         ]
+
+
+def beyond_dali(augment: Augment) -> list[str]:
+    """The names of the changes asked for that `dataset.reader: dali` does not make as the default reader does."""
+    return [
+        name
+        for name, field in type(augment).model_fields.items()
+        if name not in DALI_AUGMENT and getattr(augment, name) != field.get_default(call_default_factory=True)
+    ]

@@ -13,15 +13,10 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from megaclass.config.augment import Augment
+from megaclass.config.augment import Augment, beyond_dali
 from megaclass.config.remote import DataLocation, Remote, remote_faults
+from megaclass.config.sampling import sampling_faults
 from megaclass.config.section import Section
-
-# A change is listed once a test has compared it with the default reader's; any other is refused.
-DALI_AUGMENT = frozenset(
-    {"flip", "erase", "crop", "crop_area", "crop_aspect"}
-    | {name + kind for name in ("shift", "scale", "rotation", "shear") for kind in ("", "_probability")}
-)
 
 
 class Synthetic(Section):
@@ -50,6 +45,15 @@ class Dataset(Section):
     )
     shuffle_window: int | None = Field(
         None, ge=1, description="indexed, dali: shuffle within this many shards at a time; default: over all samples"
+    )
+    class_balance: float = Field(
+        0.0, ge=0, le=1, description="classes of n samples are visited in proportion to n^(1 - this); 1: all alike"
+    )
+    samples_per_class: int | None = Field(
+        None, ge=1, description="micro-batches, over all ranks, of distinct classes with this many samples each"
+    )
+    repeats: int = Field(
+        1, ge=1, description="copies of a sample in a micro-batch, over all ranks, changed differently"
     )
     num_classes: int | None = Field(
         None, ge=1, description="indexed, dali: train on this many classes of the split only; subsets are nested"
@@ -119,15 +123,6 @@ class Dataset(Section):
                 {"names": names},
             )
         return value
-
-
-def beyond_dali(augment: Augment) -> list[str]:
-    """The names of the changes asked for that `dataset.reader: dali` does not make as the default reader does."""
-    return [
-        name
-        for name, field in type(augment).model_fields.items()
-        if name not in DALI_AUGMENT and getattr(augment, name) != field.get_default(call_default_factory=True)
-    ]
 
 
 class Backbone(Section):
@@ -325,6 +320,7 @@ class Config(Section):
                 "dataset.path: data/glyphs"
             )
         faults += remote_faults(self.dataset, self.evaluate.path, self.run.hang_seconds)
+        faults += sampling_faults(self.dataset, train.global_batch_size, train.accumulation_steps)
         synthetic = self.dataset.synthetic
         if synthetic.num_populated is not None and synthetic.num_populated > synthetic.num_classes:
             faults.append(

@@ -81,8 +81,9 @@ class Reader(Protocol):
 
     Attributes:
         num_classes: labels are in [0, num_classes).
-        num_samples: samples in one epoch, over all ranks.
-        class_counts: [num_classes] int64, samples of each class in one epoch, by their true labels; same on every rank.
+        num_samples: positions of one epoch, over all ranks: as many as there are samples.
+        class_counts: [num_classes] int64, samples of each class, by their true labels, however often the order
+            visits them; same on every rank.
     """
 
     num_classes: int

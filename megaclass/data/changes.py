@@ -1,7 +1,7 @@
 """What augmentation does to each image of a batch, as plain numbers: drawn here, applied elsewhere.
 
 Separate from `transforms.py` so that the numbers do not depend on who applies them, and can be looked at without an
-image. Every number is a pure function of (seed, epoch, sample id): the same in whatever batch, on whatever rank and in
+image. Every number is a pure function of (seed, visit, sample id): the same in whatever batch, on whatever rank and in
 whatever worker. Each has a draw of its own, so switching an option on or off leaves all others as they are.
 """
 
@@ -101,19 +101,20 @@ class Changes:
 
 
 def draw_changes(
-    sample_ids: NDArray[np.int64], epochs: NDArray[np.int64], seed: int, augment: Augment, image_size: int
+    sample_ids: NDArray[np.int64], visits: NDArray[np.int64], seed: int, augment: Augment, image_size: int
 ) -> Changes:
     """The changes of a batch.
 
     Args:
         sample_ids: [batch] ids in the split.
-        epochs: [batch]; with the ids and the seed all that the numbers depend on.
+        visits: [batch], what tells the visits of a sample apart, mostly the epoch; with the ids and the seed all that
+            the numbers depend on.
         seed: of the run.
         augment: how strong each change is, and how likely.
         image_size: pixels a side.
     """
     number = _num_used(augment)
-    counters = (np.asarray(epochs)[:, None], np.asarray(sample_ids)[:, None], np.arange(number))
+    counters = (np.asarray(visits)[:, None], np.asarray(sample_ids)[:, None], np.arange(number))
     # Zero for those that nothing depends on: a change of probability 1 happens, one of probability 0 does not.
     draws = np.zeros((len(sample_ids), len(Draw)))
     draws[:, :number] = uniform(hash_counters(seed, Stream.AUGMENT, *counters))

@@ -34,6 +34,8 @@ class Stream(IntEnum):
     CLASS_ORDER = 9
     BACK_OFF = 10
     WINDOW = 11
+    DEAL = 12
+    BALANCE = 13
 
 
 def hash_counters(seed: int, stream: Stream, *counters: ArrayLike) -> NDArray[np.uint64]:

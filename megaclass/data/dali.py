@@ -29,11 +29,11 @@ from megaclass.data.bad_samples import SkipBudget
 from megaclass.data.batch import Batch
 from megaclass.data.dali_input import DaliInput, InputMaker
 from megaclass.data.dali_pipeline import BATCHES_AHEAD, DaliPipeline, Form, check_installed
-from megaclass.data.label_noise import with_label_noise
+from megaclass.data.label_noise import labels_seen, with_label_noise
+from megaclass.data.open_order import OrderOptions, open_order
 from megaclass.data.ordered import OrderedBatches
 from megaclass.data.reader import check_enough_samples
 from megaclass.data.samples import StoredSamples
-from megaclass.data.windows import order_of
 
 _MAX_READING_THREADS = 8
 _CPU = torch.device("cpu")
@@ -71,8 +71,7 @@ class DaliReader:
         on_bad_sample: Literal["stop", "skip"] = "stop",
         bad_sample_budget: float = 0.001,
         accumulation_steps: int = 1,
-        shuffle: bool = True,
-        shuffle_window: int | None = None,
+        order: OrderOptions | None = None,
         num_classes: int | None = None,
         label_noise: float = 0.0,
         device: torch.device = _CPU,
@@ -87,12 +86,23 @@ class DaliReader:
         self._num_decoding = max(1, workers)
         num_reading = min(self._num_decoding, _MAX_READING_THREADS)
         self._step = batch_size * world_size
+        # One for all threads: it may hold numbers of every sample.
+        shared_order = open_order(
+            order or OrderOptions(),
+            shard_sizes=samples.shard_sizes,
+            labels=lambda: labels_seen(
+                with_label_noise(samples, samples.num_classes, label_noise, seed), samples.labels
+            ),
+            seed=seed,
+            micro_batch_size=batch_size * world_size,
+            what=what,
+        )
         self._makers = []
         for _ in range(num_reading):
             own = samples.twin(num_reading)
             ordered = OrderedBatches(
                 samples=with_label_noise(own, own.num_classes, label_noise, seed),
-                order=order_of(samples.shard_sizes, seed, shuffle, shuffle_window),
+                order=shared_order,
                 batch_size=batch_size,
                 rank=rank,
                 world_size=world_size,

@@ -72,7 +72,7 @@ class InputMaker:
     def _make(self, position: int, *, is_decoding: bool) -> DaliInput:
         ordered = self.ordered
         positions = rank_positions(position, ordered.batch_size, ordered.rank, ordered.world_size)
-        ids = ordered.order.sample_ids(positions)
+        ids, visits = ordered.order.visits(positions)
         labels = np.zeros(len(ids), np.int64)
         headers, images = [], []
         for place, sample_id in enumerate(ids.tolist()):
@@ -85,7 +85,7 @@ class InputMaker:
             images.append(self._image(members, is_ours))
         if isinstance(ordered.samples, NoisyLabels):
             labels = ordered.samples.noisy(ids, labels)
-        form, feeds = self._form(headers), self._numbers(ids, ordered.order.epochs(positions))
+        form, feeds = self._form(headers), self._numbers(ids, visits)
         feeds["encoded"] = images
         if form.resizes:
             sides = [header.height for header in headers], [header.width for header in headers]
@@ -119,9 +119,9 @@ class InputMaker:
             resizes=any((header.height, header.width) != (size, size) for header in headers),
         )
 
-    def _numbers(self, ids: NDArray[np.int64], epochs: NDArray[np.int64]) -> Feeds:
+    def _numbers(self, ids: NDArray[np.int64], visits: NDArray[np.int64]) -> Feeds:
         form, augment = self._form([]), self.ordered.augment
-        changes = draw_changes(ids, epochs, self.ordered.seed, augment, self.image_size)
+        changes = draw_changes(ids, visits, self.ordered.seed, augment, self.image_size)
         feeds: Feeds = {}
         if form.warps:
             feeds["matrix"] = warp_matrices(changes.resampling, changes.is_mirrored, self.image_size)

@@ -12,11 +12,11 @@ from typing import Literal
 
 from megaclass.config import Augment
 from megaclass.data.bad_samples import SkipBudget
-from megaclass.data.label_noise import with_label_noise
+from megaclass.data.label_noise import labels_seen, with_label_noise
+from megaclass.data.open_order import OrderOptions, open_order
 from megaclass.data.ordered import OrderedBatches
 from megaclass.data.reader import BatchReader, check_enough_samples
 from megaclass.data.samples import StoredSamples
-from megaclass.data.windows import order_of
 
 
 class IndexedReader(BatchReader):
@@ -29,20 +29,19 @@ class IndexedReader(BatchReader):
         rank, world_size: which part of every micro-batch to read.
         seed: of the order, the augmentation and the substitutes; same on every rank.
         image_size, channels: of the images yielded, [batch, channels, image_size, image_size].
-        augment: random changes; each drawn from (seed, epoch, sample id).
+        augment: random changes; each drawn from (seed, visit, sample id).
         workers: decoding processes; changes no number.
         on_bad_sample: `stop` raises; `skip` puts another sample, picked by hash, in its place.
         bad_sample_budget: largest share of skipped samples; see `SkipBudget`.
         accumulation_steps: only to check that the data set holds a global batch.
-        shuffle: False keeps manifest order in every epoch.
-        shuffle_window: shuffle within this many shards at a time; see `WindowOrder`.
+        order: of the samples; default: all shuffled, once per epoch.
         num_classes: read this many classes only; see `StoredSamples`.
         label_noise: share of samples with a wrong label; see `NoisyLabels`.
 
     Raises:
         ConfigError: more classes asked for than there are, or wrong labels of a single class.
-        DataError: the data set is missing or inconsistent, a shard is cut off, or an epoch is smaller than a global
-            batch.
+        DataError: the data set is missing or inconsistent, a shard is cut off, an epoch is smaller than a global
+            batch, or there are too few classes for the order.
     """
 
     def __init__(
@@ -61,17 +60,24 @@ class IndexedReader(BatchReader):
         on_bad_sample: Literal["stop", "skip"] = "stop",
         bad_sample_budget: float = 0.001,
         accumulation_steps: int = 1,
-        shuffle: bool = True,
-        shuffle_window: int | None = None,
+        order: OrderOptions | None = None,
         num_classes: int | None = None,
         label_noise: float = 0.0,
     ) -> None:
         samples = StoredSamples(folder, split, image_size=image_size, channels=channels, num_classes=num_classes)
         what = f"split {split!r} of {folder}"
         check_enough_samples(samples.num_samples, batch_size, world_size, accumulation_steps, what)
+        seen = with_label_noise(samples, samples.num_classes, label_noise, seed)
         batches = OrderedBatches(
-            samples=with_label_noise(samples, samples.num_classes, label_noise, seed),
-            order=order_of(samples.shard_sizes, seed, shuffle, shuffle_window),
+            samples=seen,
+            order=open_order(
+                order or OrderOptions(),
+                shard_sizes=samples.shard_sizes,
+                labels=lambda: labels_seen(seen, samples.labels),
+                seed=seed,
+                micro_batch_size=batch_size * world_size,
+                what=what,
+            ),
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,

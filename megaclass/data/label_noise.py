@@ -25,6 +25,11 @@ def with_label_noise(samples: Samples, num_classes: int, share: float, seed: int
     return NoisyLabels(samples, num_classes, share, seed) if share else samples
 
 
+def labels_seen(samples: Samples, true_labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The labels [num_samples] that training sees, of all `samples` of `with_label_noise` with these true ones."""
+    return samples.noisy(np.arange(len(true_labels)), true_labels) if isinstance(samples, NoisyLabels) else true_labels
+
+
 class NoisyLabels:
     """`Samples` whose labels are wrong with probability `share`; images and ids are those of `samples`.
 

@@ -14,6 +14,7 @@ import torch
 from megaclass.config import Dataset
 from megaclass.data.batch import Reader
 from megaclass.data.indexed import IndexedReader
+from megaclass.data.open_order import OrderOptions
 from megaclass.data.synthetic import SyntheticReader
 
 
@@ -52,8 +53,17 @@ def open_reader(
         "augment": dataset.augment,
         "workers": dataset.workers,
     }
+    ordered: dict[str, Any] = {
+        "label_noise": dataset.label_noise,
+        "order": OrderOptions(
+            shuffle_window=dataset.shuffle_window,
+            class_balance=dataset.class_balance,
+            samples_per_class=dataset.samples_per_class,
+            repeats=dataset.repeats,
+        ),
+    }
     if dataset.reader == "synthetic":
-        return SyntheticReader(**dataset.synthetic.model_dump(), **common, label_noise=dataset.label_noise)
+        return SyntheticReader(**dataset.synthetic.model_dump(), **common, **ordered)
     assert dataset.path is not None
     policy: dict[str, Any] = {"on_bad_sample": dataset.on_bad_sample, "bad_sample_budget": dataset.bad_sample_budget}
     if dataset.reader == "stream":
@@ -62,11 +72,7 @@ def open_reader(
         stream: dict[str, Any] = {"shuffle_buffer": dataset.shuffle_buffer, "remote": dataset.remote}
         return StreamReader(dataset.path, dataset.split, **common, **policy, **stream)
     assert isinstance(dataset.path, Path), dataset.path
-    chosen: dict[str, Any] = {
-        "num_classes": dataset.num_classes,
-        "shuffle_window": dataset.shuffle_window,
-        "label_noise": dataset.label_noise,
-    }
+    chosen: dict[str, Any] = {"num_classes": dataset.num_classes, **ordered}
     if dataset.reader == "dali":
         from megaclass.data.dali import DaliReader
 

@@ -8,6 +8,7 @@ can compute any part of the sequence, and the whole state of a reader is one int
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,17 @@ _ROUNDS = 8
 _CLASS_KEY = 0
 # Feistel networks over a handful of values miss many permutations; over 256 values and walked down they do not.
 _MIN_BITS = 8
+
+
+class Order(Protocol):
+    """Position → sample and which visit of it; a pure function of the position."""
+
+    def visits(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sample ids [n] int64 at positions [n], and a number [n] int64 that no other visit of the sample has.
+
+        Augmentation is drawn from both, so that no two visits look alike.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,34 +65,62 @@ class SampleOrder:
         epochs, offsets = np.divmod(np.asarray(positions, np.int64), self.num_samples)
         if not self.shuffle:
             return offsets
-        result = offsets.astype(np.uint64)
-        keys = hash_counters(self.seed, self.stream, epochs)
-        # Of each round and position, all of the hash but its last counter: the same however far a position walks.
-        states = np.stack([hash_counters(number, Stream.ORDER, keys) for number in range(_ROUNDS)])
-        walking = np.arange(len(result))
-        while len(walking):
-            values = self._feistel(result[walking], states[:, walking])
-            result[walking] = values
-            walking = walking[values >= self.num_samples]
-        return result.astype(np.int64)
+        return permuted(offsets, self.num_samples, hash_counters(self.seed, self.stream, epochs))
 
-    def epochs(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The epoch [n] int64 each position lies in, from 0."""
-        return np.asarray(positions, np.int64) // self.num_samples
+    def visits(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sample ids [n] at positions [n], and how often each sample came before, [n]: the epoch, from 0."""
+        return self.sample_ids(positions), np.asarray(positions, np.int64) // self.num_samples
 
-    def _feistel(self, values: NDArray[np.uint64], states: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        bits = max((self.num_samples - 1).bit_length(), _MIN_BITS)
-        low_bits = np.uint64((bits + 1) // 2)
-        low_mask = np.uint64((1 << int(low_bits)) - 1)
-        high_mask = np.uint64((1 << (bits - int(low_bits))) - 1)
-        high, low = values >> low_bits, values & low_mask
-        # The halves may differ by a bit, so they are changed in turn instead of swapped; each round undoes itself.
-        for number, state in enumerate(states):
-            if number % 2:
-                low = low ^ (absorb(state, high) & low_mask)
-            else:
-                high = high ^ (absorb(state, low) & high_mask)
-        return (high << low_bits) | low
+
+@dataclass(frozen=True)
+class RepeatedOrder:
+    """Every sample of another order `repeats` times in a row, each time as a visit of its own.
+
+    Source: Hoffer et al., *Augment your batch*, CVPR 2020; Berman et al., *MultiGrain*, 2019 (repeated augmentation).
+    """
+
+    order: Order
+    repeats: int
+
+    def visits(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sample ids [n] at positions [n], and how often each sample came before, [n]."""
+        places, copies = np.divmod(np.asarray(positions, np.int64), self.repeats)
+        ids, before = self.order.visits(places)
+        return ids, before * self.repeats + copies
+
+
+def permuted(offsets: NDArray[np.int64], sizes: int | NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Where offsets [n] go in permutations of [0, size), one for each key [n]; `sizes` is one for all or [n].
+
+    Cost: below two passes over the network per offset on average where the size is 128 or more, 256 / size below.
+    """
+    result = offsets.astype(np.uint64)
+    # Of each round and offset, all of the hash but its last counter: the same however far an offset walks.
+    states = np.stack([hash_counters(number, Stream.ORDER, keys) for number in range(_ROUNDS)])
+    limits = np.broadcast_to(np.asarray(sizes).astype(np.uint64), result.shape)
+    # The exponent of a float is the number of bits of a whole number below 2**53.
+    bits = np.maximum(np.frexp((limits - np.uint64(1)).astype(np.float64))[1], _MIN_BITS).astype(np.uint64)
+    walking = np.arange(len(result))
+    while len(walking):
+        values = _feistel(result[walking], bits[walking], states[:, walking])
+        result[walking] = values
+        walking = walking[values >= limits[walking]]
+    return result.astype(np.int64)
+
+
+def _feistel(values: NDArray[np.uint64], bits: NDArray[np.uint64], states: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    one = np.uint64(1)
+    low_bits = (bits + one) >> one
+    low_mask = (one << low_bits) - one
+    high_mask = (one << (bits - low_bits)) - one
+    high, low = values >> low_bits, values & low_mask
+    # The halves may differ by a bit, so they are changed in turn instead of swapped; each round undoes itself.
+    for number, state in enumerate(states):
+        if number % 2:
+            low = low ^ (absorb(state, high) & low_mask)
+        else:
+            high = high ^ (absorb(state, low) & high_mask)
+    return (high << low_bits) | low
 
 
 def first_classes(num_classes: int, num_kept: int) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from megaclass.config import Augment
 from megaclass.data.bad_samples import BadSample
 from megaclass.data.batch import Batch, SkippedSample
 from megaclass.data.counter import Stream, hash_counters
-from megaclass.data.order import rank_positions
+from megaclass.data.order import Order, rank_positions
 from megaclass.data.transforms import transform
 from megaclass.errors import DataError
 
@@ -34,18 +34,6 @@ class Samples(Protocol):
 
     def read(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[int, BadSample]]:
         """Images [n, size, size, channels] uint8, labels [n] int64, and the bad ones by place."""
-        ...
-
-
-class Order(Protocol):
-    """Which sample stands at a position; see `SampleOrder` and `WindowOrder`."""
-
-    def sample_ids(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Sample ids [n] int64 at positions [n]."""
-        ...
-
-    def epochs(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The epoch [n] int64 each position lies in, from 0."""
         ...
 
 
@@ -79,7 +67,7 @@ class OrderedBatches:
             DataError: a bad sample that is not to be skipped, or no good one found in its place.
         """
         positions = rank_positions(position, self.batch_size, self.rank, self.world_size)
-        ids = self.order.sample_ids(positions)
+        ids, visits = self.order.visits(positions)
         images, labels, bad = self.samples.read(ids)
         num_read = len(ids)
         skipped: list[SkippedSample] = []
@@ -92,7 +80,7 @@ class OrderedBatches:
                 int(positions[place]), known_bad, skipped
             )
             num_read += tries
-        pixels = transform(images, ids, self.order.epochs(positions), self.seed, self.augment)
+        pixels = transform(images, ids, visits, self.seed, self.augment)
         end = position + self.batch_size * self.world_size
         return Batch(pixels, torch.from_numpy(labels), torch.from_numpy(ids), end, tuple(skipped), num_read)
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from megaclass.config import Augment
 from megaclass.data.bad_samples import BadSample, SkipBudget
 from megaclass.data.counter import Stream, hash_counters
-from megaclass.data.label_noise import with_label_noise
-from megaclass.data.order import SampleOrder
+from megaclass.data.label_noise import labels_seen, with_label_noise
+from megaclass.data.open_order import OrderOptions, open_order
 from megaclass.data.ordered import OrderedBatches
 from megaclass.data.reader import BatchReader, check_enough_samples
 
@@ -89,7 +89,7 @@ class SyntheticReader(BatchReader):
 
     Raises:
         ConfigError: wrong labels of a single class.
-        DataError: an epoch is smaller than a global batch.
+        DataError: an epoch is smaller than a global batch, or there are too few classes for the order.
     """
 
     def __init__(
@@ -107,15 +107,24 @@ class SyntheticReader(BatchReader):
         augment: Augment | None = None,
         workers: int = 0,
         accumulation_steps: int = 1,
-        shuffle: bool = True,
+        order: OrderOptions | None = None,
         label_noise: float = 0.0,
         num_populated: int | None = None,
     ) -> None:
         samples = SyntheticSamples(num_classes, samples_per_class, noise, image_size, channels, seed, num_populated)
-        check_enough_samples(samples.num_samples, batch_size, world_size, accumulation_steps, "the synthetic data set")
+        what = "the synthetic data set"
+        check_enough_samples(samples.num_samples, batch_size, world_size, accumulation_steps, what)
+        seen = with_label_noise(samples, num_classes, label_noise, seed)
         batches = OrderedBatches(
-            samples=with_label_noise(samples, num_classes, label_noise, seed),
-            order=SampleOrder(samples.num_samples, seed, shuffle),
+            samples=seen,
+            order=open_order(
+                order or OrderOptions(),
+                shard_sizes=np.array([samples.num_samples]),
+                labels=lambda: labels_seen(seen, samples.labels(np.arange(samples.num_samples))),
+                seed=seed,
+                micro_batch_size=batch_size * world_size,
+                what=what,
+            ),
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,

@@ -1,7 +1,7 @@
 """Augmentation of a batch of eight-bit images.
 
 Separate because this is the only place that changes what an image shows. What is done to an image is drawn in
-`changes.py`, a pure function of (seed, epoch, sample id), and done here in one order:
+`changes.py`, a pure function of (seed, visit, sample id), and done here in one order:
 
 1. colour and grey, blur, low resolution, JPEG compression (`degrade.py`): what camera and web do to an image; whole
    numbers after each;
@@ -29,14 +29,15 @@ from megaclass.data.degrade import degrade, degraded_places
 
 
 def transform(
-    images: NDArray[np.uint8], sample_ids: NDArray[np.int64], epochs: NDArray[np.int64], seed: int, augment: Augment
+    images: NDArray[np.uint8], sample_ids: NDArray[np.int64], visits: NDArray[np.int64], seed: int, augment: Augment
 ) -> Tensor:
     """The images of a `Batch`: changed as `augment` says, and normalised only where they are no whole numbers any more.
 
     Args:
         images: [batch, size, size, channels] uint8, not written to.
         sample_ids: [batch] ids in the split.
-        epochs: [batch]; with the ids and the seed all that the random numbers depend on.
+        visits: [batch], what tells the visits of a sample apart, mostly the epoch; with the ids and the seed all that
+            the random numbers depend on.
         seed: of the run.
         augment: how strong each change is; all zero changes nothing.
 
@@ -52,7 +53,7 @@ def transform(
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     if augment == Augment():
         return pixels
-    changes = draw_changes(sample_ids, epochs, seed, augment, images.shape[1])
+    changes = draw_changes(sample_ids, visits, seed, augment, images.shape[1])
     places = degraded_places(changes)
     mirrored = np.flatnonzero(changes.is_mirrored).tolist()
     if places or mirrored:

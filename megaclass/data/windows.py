@@ -7,6 +7,8 @@ and neither ranks nor restarts change the sequence. But while a window is read n
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,14 +17,6 @@ from megaclass.data.order import SampleOrder
 
 # So few are sorted sooner than a network over a power of two finds its way down to them.
 _FEW = 1024
-
-
-def order_of(shard_sizes: NDArray[np.int64], seed: int, shuffle: bool, window: int | None) -> SampleOrder | WindowOrder:
-    """The order of the samples of some shards: over all of them, or within a window of shards where one is given."""
-    if window is None:
-        return SampleOrder(int(shard_sizes.sum()), seed, shuffle)
-    assert shuffle
-    return WindowOrder(shard_sizes, seed, window)
 
 
 class WindowOrder:
@@ -53,7 +47,8 @@ class WindowOrder:
         self._seed = seed
         num_windows = -(-len(filled) // window)
         self._last_places = np.arange(1, num_windows + 1) * len(filled) // num_windows - 1
-        self._layouts: dict[int, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = {}
+        # A batch lies in two epochs at most, since an epoch holds a global batch.
+        self._layout = lru_cache(maxsize=2)(self._make_layout)
 
     def sample_ids(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sample ids [n] int64 at positions [n] of the sequence (not negative, in any order)."""
@@ -64,9 +59,9 @@ class WindowOrder:
             result[here] = self._of_epoch(epoch, offsets[here])
         return result
 
-    def epochs(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The epoch [n] int64 each position lies in, from 0."""
-        return np.asarray(positions, np.int64) // self.num_samples
+    def visits(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sample ids [n] at positions [n], and how often each sample came before, [n]: the epoch, from 0."""
+        return self.sample_ids(positions), np.asarray(positions, np.int64) // self.num_samples
 
     def _of_epoch(self, epoch: int, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sample ids at offsets from the beginning of an epoch."""
@@ -90,13 +85,9 @@ class WindowOrder:
             return np.argsort(hash_counters(key, Stream.WINDOW, np.arange(size)), kind="stable")[offsets]
         return SampleOrder(size, key).sample_ids(offsets)
 
-    def _layout(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    def _make_layout(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """The shards of an epoch in order, where each ends, and where each window ends, in samples."""
-        if epoch not in self._layouts:
-            if len(self._layouts) > 1:  # a batch lies in two epochs at most, since an epoch holds a global batch
-                self._layouts.clear()
-            keys = hash_counters(self._seed, Stream.SHARD_ORDER, epoch, np.arange(len(self._sizes)))
-            shards = np.argsort(keys, kind="stable")
-            ends = np.cumsum(self._sizes[shards])
-            self._layouts[epoch] = shards, ends, ends[self._last_places]
-        return self._layouts[epoch]
+        keys = hash_counters(self._seed, Stream.SHARD_ORDER, epoch, np.arange(len(self._sizes)))
+        shards = np.argsort(keys, kind="stable")
+        ends = np.cumsum(self._sizes[shards])
+        return shards, ends, ends[self._last_places]

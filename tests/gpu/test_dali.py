@@ -16,6 +16,7 @@ from tests.support.image_files import every_kind, image_file, picture, write_fil
 from tests.support.tiny_dataset import tar_member, write_tiny_dataset
 from tests.unit.test_data_dali import (
     BEHIND_SOUND_HEADERS,
+    IN_ORDER,
     MOVED,
     RESIZED,
     ROUNDING,
@@ -61,7 +62,7 @@ def test_every_kind_of_file_in_odd_sizes(tmp_path: Path, channels: int, augment:
     kinds = [every_kind(height, width) for height, width in ((24, 24), (40, 31), (13, 61), (90, 115))]
     files = [file for kind in kinds for file in kind.values()]
     names = [name for kind in kinds for name in kind]
-    fixed: dict[str, Any] = {"batch_size": 5, "image_size": 24, "channels": channels, "shuffle": False}
+    fixed: dict[str, Any] = {"batch_size": 5, "image_size": 24, "channels": channels, "order": IN_ORDER}
     one, two = both(write_files(tmp_path / "data", files), len(files), device=GPU, **fixed, augment=augment)
     assert_same_samples(one, two)
     found = levels(one, two)[: len(files)].flatten(1)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from megaclass import config
 from megaclass.config import Augment, Dataset
-from megaclass.config.models import DALI_AUGMENT, beyond_dali
+from megaclass.config.augment import DALI_AUGMENT, beyond_dali
 from megaclass.data.batch import Batch
 from megaclass.data.dali import DaliReader
 from megaclass.data.dali_pipeline import DaliPipeline, filter_gain
 from megaclass.data.indexed import IndexedReader
+from megaclass.data.open_order import OrderOptions
 from megaclass.errors import ConfigError, DataError
 from tests.support.image_files import every_kind, image_file, picture, write_files
 from tests.support.tiny_dataset import tar_member, write_tiny_dataset
@@ -34,6 +35,7 @@ WARPED = 0.2  # the place an output pixel is read from, at up to 112 pixels
 ROUNDING = 1e-3
 
 CPU = torch.device("cpu")
+IN_ORDER = OrderOptions(shuffle=False)
 
 
 def damaged(file: tuple[bytes, str], place: int) -> tuple[bytes, str, str, str]:
@@ -114,8 +116,10 @@ def own(tmp_path: Path) -> Path:
         {},
         {"num_classes": 7},
         {"label_noise": 0.4},
-        {"shuffle_window": 2},
-        {"num_classes": 13, "label_noise": 0.2, "shuffle": False},
+        {"order": OrderOptions(shuffle_window=2)},
+        {"order": OrderOptions(class_balance=0.5, repeats=5)},
+        {"order": OrderOptions(samples_per_class=5), "label_noise": 0.2},
+        {"num_classes": 13, "label_noise": 0.2, "order": IN_ORDER},
     ],
     ids=str,
 )
@@ -174,7 +178,7 @@ def test_every_kind_of_file_in_odd_sizes(tmp_path: Path, channels: int, augment:
     kinds = [every_kind(height, width) for height, width in ((24, 24), (40, 7), (13, 61), (1, 1), (90, 115))]
     files = [file for kind in kinds for file in kind.values()]
     names = [name for kind in kinds for name in kind]
-    fixed: dict[str, Any] = {"batch_size": 1, "image_size": 24, "channels": channels, "shuffle": False}
+    fixed: dict[str, Any] = {"batch_size": 1, "image_size": 24, "channels": channels, "order": IN_ORDER}
     folder = write_files(tmp_path / "data", files)
     one, two = both(folder, len(files), **{**fixed, "batch_size": 5}, augment=augment)
     assert_same_samples(one, two)
@@ -373,7 +377,7 @@ def test_damaged_files_are_refused_and_accepted_alike(tmp_path: Path) -> None:
             changed[random.integers(30, len(data))] = random.integers(256)
         files.append((bytes(changed[: len(data) if number % 7 else random.integers(30, len(data))]), kind))
     folder = write_files(tmp_path / "data", files)
-    options: dict[str, Any] = {"batch_size": 1, "image_size": 40, "channels": 3, "shuffle": False}
+    options: dict[str, Any] = {"batch_size": 1, "image_size": 40, "channels": 3, "order": IN_ORDER}
     one, two = both(folder, len(files), **options, on_bad_sample="skip", bad_sample_budget=1.0)
     assert_same_samples(one, two)
     assert levels(one, two).max() <= RESIZED  # a damaged header may say another size

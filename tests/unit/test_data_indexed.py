@@ -15,6 +15,7 @@ from megaclass.data.bad_samples import REASONS
 from megaclass.data.batch import Batch
 from megaclass.data.indexed import IndexedReader
 from megaclass.data.manifest import load_index, load_manifest
+from megaclass.data.open_order import OrderOptions
 from megaclass.errors import DataError
 from tests.support.tiny_dataset import (
     encode,
@@ -151,7 +152,7 @@ def test_labels_are_those_of_the_index(folder: Path) -> None:
 
 
 def test_manifest_order_and_other_sizes(folder: Path) -> None:
-    reader = open_indexed(folder, 12, shuffle=False, image_size=14, channels=3)
+    reader = open_indexed(folder, 12, order=OrderOptions(shuffle=False), image_size=14, channels=3)
     batches = read(reader, 6)
     assert [i for batch in batches for i in batch.ids.tolist()] == [*range(60), *range(12)]
     assert batches[0].images.shape == (12, 3, 14, 14)

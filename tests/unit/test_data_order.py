@@ -38,7 +38,7 @@ def test_epochs_and_seeds_differ() -> None:
     assert (ids[1] == ids[2]).sum() < 10
     assert (ids[0] == SampleOrder(1000, 6).sample_ids(np.arange(1000))).sum() < 10
     assert (ids[0] == np.arange(1000)).sum() < 10
-    assert order.epochs(np.array([0, 999, 1000, 2999])).tolist() == [0, 0, 1, 2]
+    assert order.visits(np.array([0, 999, 1000, 2999]))[1].tolist() == [0, 0, 1, 2]
 
 
 def test_all_permutations_of_five_are_equally_likely() -> None:

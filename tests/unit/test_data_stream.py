@@ -15,6 +15,7 @@ from megaclass.data.batch import Batch
 from megaclass.data.indexed import IndexedReader
 from megaclass.data.manifest import load_index, load_manifest
 from megaclass.data.members import read_samples
+from megaclass.data.open_order import OrderOptions
 from megaclass.data.stream import StreamReader
 from megaclass.errors import DataError
 from tests.support.tiny_dataset import write_manifest, write_tiny_dataset
@@ -44,9 +45,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_images_and_labels_are_those_of_the_indexed_reader(folder: Path) -> None:
-    options: dict[str, Any] = {"seed": 4, "image_size": SIZE, "channels": 1, "shuffle": False, "augment": AUGMENT}
+    options: dict[str, Any] = {"seed": 4, "image_size": SIZE, "channels": 1, "augment": AUGMENT}
+    in_order = OrderOptions(shuffle=False)
     streamed = read(open_stream(folder, 12, shuffle=False, augment=AUGMENT), 10)
-    reader = IndexedReader(folder, "train", batch_size=12, rank=0, world_size=1, **options)
+    reader = IndexedReader(folder, "train", batch_size=12, rank=0, world_size=1, order=in_order, **options)
     for one, other in zip(streamed, islice(reader, 10), strict=True):
         assert torch.equal(one.ids, other.ids)
         assert torch.equal(one.labels, other.labels)
