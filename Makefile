@@ -10,7 +10,7 @@ RANKS ?= 2
 export DS_BUILD_OPS := 0
 
 .PHONY: help setup demo omniglot hanglyph test test-full lint types wheel clean \
-	data-omniglot data-hanglyph data-hanglyph-all data-cjk study study-large study-head bench gpu
+	data-omniglot data-hanglyph data-hanglyph-all data-cjk study study-large study-head bench bench-data gpu
 help:
 	@grep -E '^#   ' Makefile | sed 's/^#//'
 
@@ -99,6 +99,13 @@ bench: $(VENV)/package
 	$(BIN)/megaclass bench head --num-classes 500000 --nproc 2 --sampling-rate 0.01 0.1 1 $(if $(PEER),--peer $(PEER))
 	$(BIN)/megaclass bench scaling --nproc 2 --row-dtype bfloat16 --preset d-softmax-k --row-update fused
 	$(BIN)/megaclass bench sampler
+
+#   make bench-data the readers on 20,000 made-up photographs, on two ranks, and then on one with workers and its memory
+bench-data: $(VENV)/everything
+	test -f data/textures/dataset.json || { $(BIN)/python -m tests.support.textures data/textures-files && \
+		$(BIN)/megaclass data images data/textures-files --out data/textures; }
+	OMP_NUM_THREADS=1 $(BIN)/megaclass bench data configs/bench-data.yaml --nproc 2 --workers 0 --repeats 9
+	OMP_NUM_THREADS=1 $(BIN)/megaclass bench data configs/bench-data.yaml --workers 0 2 --memory-samples 600000 --dataset.workers 2
 
 #   make gpu       on a machine with a GPU: its checks, then figures into docs/gpu; PEER as for bench
 GPU_PYTHON ?= $(BIN)/python
