@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import multiprocessing
 import time
 from pathlib import Path
@@ -136,11 +137,13 @@ def test_the_time_of_a_turn_is_that_after_what_lay_ready() -> None:
 
 
 def test_memory_that_grows_is_seen() -> None:
-    kept: list[np.ndarray] = []
+    kept: list[mmap.mmap] = []
 
     def leaking(position: int) -> Images:
         while True:
-            kept.append(np.ones(2**17))
+            # Not from the heap, which in a long process has room without growing.
+            kept.append(mmap.mmap(-1, 2**20))
+            kept[-1].write(bytes([1]) * 2**20)
             yield 100
 
     def flat(position: int) -> Images:
