@@ -26,6 +26,7 @@ from megaclass.data.transforms import normalise
 from megaclass.errors import ConfigError, DataError
 
 _MAX_OPEN_SHARDS = 128
+_COUNTED_TOGETHER = 2**17
 
 
 class StoredSamples:
@@ -70,7 +71,7 @@ class StoredSamples:
             self._records, self._shard_numbers = self._records[kept], self._shard_numbers[kept]
         self.num_classes = num_classes or info.num_classes
         self.num_samples = len(self._records)
-        self.class_counts = np.bincount(self._new_labels[self._records["label"]], minlength=self.num_classes)
+        self.class_counts = self._count_classes()
         self._paths = [Path(folder) / shard.file for shard in info.shards]
         self._image_size = image_size
         self._channels = channels
@@ -83,6 +84,15 @@ class StoredSamples:
         other._files = OrderedDict()
         other._max_open_shards = max(1, _MAX_OPEN_SHARDS // num_twins)
         return other
+
+    def _count_classes(self) -> NDArray[np.int64]:
+        """[num_classes], counted piece by piece: all labels at once would be a copy of eight bytes a sample."""
+        counts = np.zeros(self.num_classes, np.int64)
+        size = max(_COUNTED_TOGETHER, self.num_classes)
+        for start in range(0, self.num_samples, size):
+            labels = self._new_labels[self._records["label"][start : start + size]]
+            counts += np.bincount(labels, minlength=self.num_classes)
+        return counts
 
     def encoded(self, sample_id: int) -> tuple[SampleMembers, int, str]:
         """A sample before it is decoded: its members, its label in [0, num_classes), and where it lies, in words.
@@ -122,7 +132,8 @@ class StoredSamples:
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
         """[shards] int64, how many of the samples lie in each shard."""
-        return np.bincount(self._shard_numbers, minlength=len(self._paths))
+        # They stand in manifest order; counting them would take a copy of eight bytes a sample.
+        return np.diff(np.searchsorted(self._shard_numbers, np.arange(len(self._paths) + 1)))
 
     @property
     def sources(self) -> NDArray[np.int32]:
