@@ -76,6 +76,7 @@ class HostRows:
         self._rows_per_class = rows_per_class
         self._device = device
         self.now: Part | None = None
+        self._numbers = torch.empty(0, dtype=torch.int64, device=device)
         self._last: Part | None = None
         self._ahead: Future[Part] | None = None
         self._written: Future[None] | None = None
@@ -115,6 +116,7 @@ class HostRows:
             for name, target in entries.items():
                 target[into] = missed.entries[name]
         self._last, self.now = None, Part(needed, entries)
+        self._numbers = rows_of(needed.to(self._device), self._rows_per_class)
         return self.now
 
     def read_ahead(self, classes: Tensor) -> None:
@@ -153,12 +155,13 @@ class HostRows:
         """A gradient of rows of this step's part as one of rows of the shard."""
         assert self.now is not None
         assert gradient.rows is not None
-        return RowGradient(self.numbers()[gradient.rows], gradient.values)
+        return RowGradient(self.numbers[gradient.rows], gradient.values)
 
+    @property
     def numbers(self) -> Tensor:
         """Which rows of the shard this step's rows are, [k * rows_per_class] int64 on the device."""
         assert self.now is not None
-        return rows_of(self.now.classes.to(self._device), self._rows_per_class)
+        return self._numbers
 
     def _wait_for_writing(self) -> None:
         written, self._written = self._written, None

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -29,17 +29,17 @@ from megaclass.data.bad_samples import SkipBudget
 from megaclass.data.batch import Batch
 from megaclass.data.dali_input import DaliInput, InputMaker
 from megaclass.data.dali_pipeline import BATCHES_AHEAD, DaliPipeline, Form, check_installed
-from megaclass.data.label_noise import labels_seen, with_label_noise
-from megaclass.data.open_order import OrderOptions, open_order
-from megaclass.data.ordered import OrderedBatches
-from megaclass.data.reader import check_enough_samples
+from megaclass.data.label_noise import with_label_noise
+from megaclass.data.open_batches import open_batches
+from megaclass.data.open_order import OrderOptions
+from megaclass.data.reader import PositionedReader
 from megaclass.data.samples import StoredSamples
 
 _MAX_READING_THREADS = 8
 _CPU = torch.device("cpu")
 
 
-class DaliReader:
+class DaliReader(PositionedReader):
     """Batches of a split through DALI; implements `Reader` with the order and promises of `IndexedReader`.
 
     A batch with a bad sample, and one that DALI rejects, is made by the default reader's code: it names the sample, or
@@ -78,64 +78,36 @@ class DaliReader:
     ) -> None:
         check_installed()
         samples = StoredSamples(folder, split, image_size=image_size, channels=channels, num_classes=num_classes)
-        what = f"split {split!r} of {folder}"
-        check_enough_samples(samples.num_samples, batch_size, world_size, accumulation_steps, what)
-        self.num_classes, self.num_samples = samples.num_classes, samples.num_samples
-        self.class_counts = samples.class_counts
+        # One order for all threads: it may hold numbers of every sample.
+        batches = open_batches(
+            samples,
+            num_classes=samples.num_classes,
+            shard_sizes=samples.shard_sizes,
+            true_labels=lambda: samples.labels,
+            label_noise=label_noise,
+            order=order,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            accumulation_steps=accumulation_steps,
+            seed=seed,
+            augment=augment,
+            is_skipping=on_bad_sample == "skip",
+            what=f"split {split!r} of {folder}",
+        )
+        super().__init__(samples.class_counts, samples.num_samples)
         self._device = device
         self._num_decoding = max(1, workers)
         num_reading = min(self._num_decoding, _MAX_READING_THREADS)
         self._step = batch_size * world_size
-        # One for all threads: it may hold numbers of every sample.
-        shared_order = open_order(
-            order or OrderOptions(),
-            shard_sizes=samples.shard_sizes,
-            labels=lambda: labels_seen(
-                with_label_noise(samples, samples.num_classes, label_noise, seed), samples.labels
-            ),
-            seed=seed,
-            micro_batch_size=batch_size * world_size,
-            what=what,
-        )
         self._makers = []
         for _ in range(num_reading):
             own = samples.twin(num_reading)
-            ordered = OrderedBatches(
-                samples=with_label_noise(own, own.num_classes, label_noise, seed),
-                order=shared_order,
-                batch_size=batch_size,
-                rank=rank,
-                world_size=world_size,
-                seed=seed,
-                augment=augment or Augment(),
-                is_skipping=on_bad_sample == "skip",
-            )
+            ordered = replace(batches, samples=with_label_noise(own, own.num_classes, label_noise, seed))
             self._makers.append(InputMaker(own, ordered, image_size, channels, device.type == "cuda"))
         self._budget = SkipBudget(bad_sample_budget, samples.num_samples, world_size)
-        self._position = 0
-        self._running: Generator[Batch, None, None] | None = None
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches from the position last given to `seek`; ends an iteration begun before.
-
-        Raises:
-            DataError: a sample cannot be used and the policy is `stop`, or the skip budget is spent.
-        """
-        self.close()
-        self._running = self._batches(self._position)
-        return self._running
-
-    def seek(self, position: int) -> None:
-        """Let the next `iter` start after `position` samples of the one sequence; ends an iteration begun before."""
-        assert position >= 0, position
-        self.close()
-        self._position = position
-
-    def close(self) -> None:
-        """End all threads, close the shards and free DALI's memory; the reader can be iterated again."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+    def _release(self) -> None:
         for maker in self._makers:
             maker.samples.close()
 

@@ -12,10 +12,9 @@ from typing import Literal
 
 from megaclass.config import Augment
 from megaclass.data.bad_samples import SkipBudget
-from megaclass.data.label_noise import labels_seen, with_label_noise
-from megaclass.data.open_order import OrderOptions, open_order
-from megaclass.data.ordered import OrderedBatches
-from megaclass.data.reader import BatchReader, check_enough_samples
+from megaclass.data.open_batches import open_batches
+from megaclass.data.open_order import OrderOptions
+from megaclass.data.reader import BatchReader
 from megaclass.data.samples import StoredSamples
 
 
@@ -65,25 +64,21 @@ class IndexedReader(BatchReader):
         label_noise: float = 0.0,
     ) -> None:
         samples = StoredSamples(folder, split, image_size=image_size, channels=channels, num_classes=num_classes)
-        what = f"split {split!r} of {folder}"
-        check_enough_samples(samples.num_samples, batch_size, world_size, accumulation_steps, what)
-        seen = with_label_noise(samples, samples.num_classes, label_noise, seed)
-        batches = OrderedBatches(
-            samples=seen,
-            order=open_order(
-                order or OrderOptions(),
-                shard_sizes=samples.shard_sizes,
-                labels=lambda: labels_seen(seen, samples.labels),
-                seed=seed,
-                micro_batch_size=batch_size * world_size,
-                what=what,
-            ),
+        batches = open_batches(
+            samples,
+            num_classes=samples.num_classes,
+            shard_sizes=samples.shard_sizes,
+            true_labels=lambda: samples.labels,
+            label_noise=label_noise,
+            order=order,
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,
+            accumulation_steps=accumulation_steps,
             seed=seed,
-            augment=augment or Augment(),
+            augment=augment,
             is_skipping=on_bad_sample == "skip",
+            what=f"split {split!r} of {folder}",
         )
         super().__init__(
             lambda position: count(position, batch_size * world_size),

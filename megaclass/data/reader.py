@@ -16,6 +16,7 @@ import mmap
 import os
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,7 +35,54 @@ _BATCHES_AHEAD = 2
 _ALIGNMENT = 64
 
 
-class BatchReader:
+class PositionedReader(ABC):
+    """What every reader has of `Reader`: where it stands, and one iteration at a time from there.
+
+    Args:
+        class_counts: [num_classes] int64, samples of each class; labels are in [0, num_classes).
+        num_samples: of an epoch, over all ranks.
+    """
+
+    def __init__(self, class_counts: NDArray[np.int64], num_samples: int) -> None:
+        self.num_classes = len(class_counts)
+        self.class_counts = class_counts
+        self.num_samples = num_samples
+        self._position = 0
+        self._running: Generator[Batch, None, None] | None = None
+
+    @abstractmethod
+    def _batches(self, position: int) -> Generator[Batch, None, None]:
+        """Endless batches from a position; closing the generator ends all processes and threads behind it."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Close what was opened in this process; may be called again."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the position last given to `seek`; ends an iteration begun before.
+
+        Raises:
+            DataError: a sample cannot be used and the policy is `stop`, or the skip budget is spent.
+        """
+        self.close()
+        self._running = self._batches(self._position)
+        return self._running
+
+    def seek(self, position: int) -> None:
+        """Let the next `iter` start after `position` samples of the one sequence; ends an iteration begun before."""
+        assert position >= 0, position
+        self.close()
+        self._position = position
+
+    def close(self) -> None:
+        """End all processes and threads and close the shards; the reader can be iterated again."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+        self._release()
+
+
+class BatchReader(PositionedReader):
     """Endless full batches of one rank; implements `Reader`.
 
     Args:
@@ -60,40 +108,16 @@ class BatchReader:
         budget: SkipBudget,
         release: Callable[[], None] = lambda: None,
     ) -> None:
-        self.num_classes = len(class_counts)
-        self.class_counts = class_counts
-        self.num_samples = num_samples
+        super().__init__(class_counts, num_samples)
         self._plan = plan
         self._make = make
         self._workers = workers
         self._batch_numbers = batch_numbers
         self._budget = budget
-        self._release = release
-        self._position = 0
-        self._running: Generator[Batch, None, None] | None = None
+        self._free = release
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches from the position last given to `seek`; ends an iteration begun before.
-
-        Raises:
-            DataError: a sample cannot be used and the policy is `stop`, or the skip budget is spent.
-        """
-        self.close()
-        self._running = self._batches(self._position)
-        return self._running
-
-    def seek(self, position: int) -> None:
-        """Let the next `iter` start after `position` samples of the one sequence; ends an iteration begun before."""
-        assert position >= 0, position
-        self.close()
-        self._position = position
-
-    def close(self) -> None:
-        """End the workers and close the shards; the reader can be iterated again."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
-        self._release()
+    def _release(self) -> None:
+        self._free()
 
     def _batches(self, position: int) -> Generator[Batch, None, None]:
         self._budget.restart()

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from megaclass.config import Augment
 from megaclass.data.bad_samples import BadSample, SkipBudget
 from megaclass.data.counter import Stream, hash_counters
-from megaclass.data.label_noise import labels_seen, with_label_noise
-from megaclass.data.open_order import OrderOptions, open_order
-from megaclass.data.ordered import OrderedBatches
-from megaclass.data.reader import BatchReader, check_enough_samples
+from megaclass.data.open_batches import open_batches
+from megaclass.data.open_order import OrderOptions
+from megaclass.data.reader import BatchReader
 
 _CELLS = 8
 
@@ -112,25 +111,21 @@ class SyntheticReader(BatchReader):
         num_populated: int | None = None,
     ) -> None:
         samples = SyntheticSamples(num_classes, samples_per_class, noise, image_size, channels, seed, num_populated)
-        what = "the synthetic data set"
-        check_enough_samples(samples.num_samples, batch_size, world_size, accumulation_steps, what)
-        seen = with_label_noise(samples, num_classes, label_noise, seed)
-        batches = OrderedBatches(
-            samples=seen,
-            order=open_order(
-                order or OrderOptions(),
-                shard_sizes=np.array([samples.num_samples]),
-                labels=lambda: labels_seen(seen, samples.labels(np.arange(samples.num_samples))),
-                seed=seed,
-                micro_batch_size=batch_size * world_size,
-                what=what,
-            ),
+        batches = open_batches(
+            samples,
+            num_classes=num_classes,
+            shard_sizes=np.array([samples.num_samples]),
+            true_labels=lambda: samples.labels(np.arange(samples.num_samples)),
+            label_noise=label_noise,
+            order=order,
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,
+            accumulation_steps=accumulation_steps,
             seed=seed,
-            augment=augment or Augment(),
+            augment=augment,
             is_skipping=False,
+            what="the synthetic data set",
         )
         super().__init__(
             lambda position: count(position, batch_size * world_size),

@@ -17,7 +17,7 @@ from torch import Tensor
 from megaclass.evaluate import metrics
 from megaclass.evaluate.class_order import ClassOrder, class_order
 from megaclass.evaluate.draws import Draws, Purpose
-from megaclass.evaluate.pairs import fold_pairs, given_folds, positive_pairs
+from megaclass.evaluate.pairs import FoldPairs, fold_pairs, given_folds, positive_pairs
 from megaclass.evaluate.similarity import blocks, on_grid, pair_cosines
 
 MAX_NEGATIVES = 8_000_000
@@ -45,20 +45,13 @@ def verification(embeddings: Tensor, labels: np.ndarray, *, seed: int = 0) -> di
     grouping = class_order(labels)
     chosen = fold_pairs(grouping, Draws(seed, Purpose.FOLDS))
     scores = pair_cosines(embeddings, chosen.left, chosen.right)
-    accuracy, deviation = metrics.fold_accuracy(scores, chosen.is_same, chosen.folds)
     draws = Draws(seed, Purpose.ROC_PAIRS)
     positive = np.sort(positive_scores(embeddings, grouping, draws))
     negative = negative_scores(embeddings, grouping, draws)
     negative.sort()
     return {
-        "accuracy": accuracy,
-        "accuracy_std": deviation,
-        "tar_at_far": {name: metrics.tar_at_far(positive, negative, one_in) for name, one_in in RATES.items()},
-        "eer": metrics.equal_error_rate(positive, negative),
-        "num_fold_pairs": len(scores),
+        **_figures(scores, chosen, positive, negative),
         "folds_share_classes": not chosen.disjoint,
-        "num_positive_pairs": len(positive),
-        "num_negative_pairs": len(negative),
     }
 
 
@@ -79,8 +72,12 @@ def given_verification(embeddings: Tensor, pairs: np.ndarray) -> dict[str, Any]:
     """
     chosen = given_folds(pairs)
     scores = pair_cosines(embeddings, chosen.left, chosen.right)
+    return _figures(scores, chosen, np.sort(scores[chosen.is_same]), np.sort(scores[~chosen.is_same]))
+
+
+def _figures(scores: np.ndarray, chosen: FoldPairs, positive: np.ndarray, negative: np.ndarray) -> dict[str, Any]:
+    """Accuracy of the pairs in folds, and error rates of positive and negative pairs, whose scores rise."""
     accuracy, deviation = metrics.fold_accuracy(scores, chosen.is_same, chosen.folds)
-    positive, negative = np.sort(scores[chosen.is_same]), np.sort(scores[~chosen.is_same])
     return {
         "accuracy": accuracy,
         "accuracy_std": deviation,

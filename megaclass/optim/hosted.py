@@ -37,7 +37,7 @@ class HostedRowOptimizer:
     def step(self, gradient: RowGradient, lr: float, number: int = 0) -> None:
         """As `RowOptimizer.step`; `gradient` counts the rows of the shard."""
         assert gradient.rows is not None
-        position, _ = found(gradient.rows, self._rows.numbers())
+        position, _ = found(gradient.rows, self._rows.numbers)
         self._over().step(RowGradient(position, gradient.values), lr, number)
         self._rows.write_back()
 
@@ -52,4 +52,4 @@ class HostedRowOptimizer:
     def _over(self) -> RowOptimizer:
         assert self._rows.now is not None
         entries = {name: entry.flatten(0, 1) for name, entry in self._rows.now.entries.items()}
-        return self._optimizer.over(entries.pop("weight"), entries, self._rows.numbers())
+        return self._optimizer.over(entries.pop("weight"), entries, self._rows.numbers)

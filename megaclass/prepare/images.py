@@ -96,18 +96,12 @@ def import_images(
             options=options,
             may_leave_out=storing.on_bad == "skip",
         )
-    gone = report.all_left_out
-    files_gone = sorted(set(places[gone].tolist()))
-    report = report.accounted(
-        len(places),
-        {_UNREADABLE: len(gone)},
-        {
-            "files ignored (no image by extension, or hidden)": files.num_ignored,
-            "samples without a source": int((sources < 0).sum()) if source_pattern else 0,
-            "empty folders ignored": len(files.empty_folders),
-        },
-    )
-    return replace(report, warnings=report.warnings + _warnings(files, layout, files_gone))
+    ignored = {
+        "files ignored (no image by extension, or hidden)": files.num_ignored,
+        "samples without a source": int((sources < 0).sum()) if source_pattern else 0,
+        "empty folders ignored": len(files.empty_folders),
+    }
+    return _accounted(report, places, ignored, files, layout)
 
 
 @dataclass(frozen=True)
@@ -156,6 +150,15 @@ def _sources(files: ImageFiles, source_pattern: str | None) -> tuple[list[str], 
         )
     number_of = {source: number for number, source in enumerate(source_names)}
     return source_names, np.array([-1 if source is None else number_of[source] for source in found], dtype=np.int32)
+
+
+def _accounted(
+    report: PreparationReport, places: np.ndarray, ignored: dict[str, int], files: ImageFiles, layout: _Layout
+) -> PreparationReport:
+    """The report with its counts; `places` [n] are those of the samples among the files."""
+    gone = report.all_left_out
+    counted = report.accounted(len(places), {_UNREADABLE: len(gone)}, ignored)
+    return replace(counted, warnings=counted.warnings + _warnings(files, layout, sorted(set(places[gone].tolist()))))
 
 
 def _warnings(files: ImageFiles, layout: _Layout, skipped: list[int]) -> list[str]:

@@ -106,7 +106,7 @@ def test_places_and_numbers() -> None:
     rows = HostRows(tables(2), 2, CPU)
     rows.load(torch.tensor([2, 5, 9]))
     assert rows.places(torch.tensor([9, -1, 2])).tolist() == [2, -1, 0]
-    assert rows.numbers().tolist() == [4, 5, 10, 11, 18, 19]
+    assert rows.numbers.tolist() == [4, 5, 10, 11, 18, 19]
     gradient = rows.in_shard(RowGradient(torch.tensor([1, 4]), torch.ones(2, 3)))
     assert gradient.rows is not None
     assert gradient.rows.tolist() == [5, 18]

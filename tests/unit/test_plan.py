@@ -169,9 +169,10 @@ def test_on_a_cpu_both_memories_are_one() -> None:
 
 
 def test_a_slow_link_bounds_the_step() -> None:
-    sections = {**HOSTED, "classifier": {**HOSTED["classifier"], "sampling_rate": 0.25}}
-    plan = planned(100_000_000, 1, "v100", **sections)
-    assert plan.step_seconds >= plan.seconds["rows from the host"]
+    plan = planned(100_000_000, 1, "v100", **HOSTED, train={"global_batch_size": 64})
+    link = plan.seconds["rows from the host"]
+    assert plan.step_seconds == link > plan.seconds["backbone"] + plan.seconds["head memory"]
+    assert plan.bound == "rows from the host"
 
 
 def test_the_host_is_asked_for_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
