@@ -15,6 +15,8 @@ _MAY_CHANGE = {
     "run.log_every",
     "run.log_sample_ids",
     "run.hang_seconds",
+    "run.profile",
+    "run.profile_after",
     "dataset.workers",
     "train.checkpoint_every",
     "train.keep_checkpoints",

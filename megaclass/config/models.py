@@ -6,7 +6,6 @@ on them are checked by `train.build` before anything is loaded.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import yaml
@@ -15,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from megaclass.config.augment import Augment, beyond_dali
 from megaclass.config.remote import DataLocation, Remote, remote_faults
+from megaclass.config.run import Run, profile_faults
 from megaclass.config.sampling import sampling_faults
 from megaclass.config.section import Section
 
@@ -246,6 +246,9 @@ class Train(Section):
     epochs: float | None = Field(None, gt=0, description="passes over the data; give this or steps")
     global_batch_size: int = Field(256, ge=1, description="samples per step over all ranks and accumulation steps")
     accumulation_steps: int = Field(1, ge=1, description="micro-batches per step")
+    gather_slices: int = Field(
+        1, ge=1, le=64, description="slices of a micro-batch: each travels while the backbone works on the next one"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
     strategy: Literal["auto", "ddp"] = Field("auto", description="how the backbone is replicated")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
@@ -282,17 +285,6 @@ class Observe(Section):
         description="first Prometheus port; rank r listens on port + local rank; 0 takes a free one",
     )
     metrics_host: str = Field("127.0.0.1", description="address the metrics are served on")
-
-
-class Run(Section):
-    """The run directory and what is written there."""
-
-    dir: Path = Field(Path("runs/default"), description="run directory; training again with it continues the run")
-    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl and the progress line")
-    log_sample_ids: bool = Field(False, description="write the ids of every batch to samples/")
-    hang_seconds: float = Field(
-        300.0, gt=0, description="a step or a collective that takes longer ends the run (exit 6)"
-    )
 
 
 class Config(Section):
@@ -332,6 +324,12 @@ class Config(Section):
                 f"train.global_batch_size {train.global_batch_size} does not divide by train.accumulation_steps "
                 f"{train.accumulation_steps}; choose a multiple"
             )
+        if train.gather_slices > 1 and self.backbone.batch_norm == "sync":
+            faults.append(
+                f"train.gather_slices {train.gather_slices} passes the backbone one slice at a time, and "
+                "backbone.batch_norm sync needs the whole batch at once; use batch_norm local, which then has the "
+                "statistics of a slice, or gather_slices 1"
+            )
         if train.steps is not None and self.optim.warmup_steps >= train.steps:
             faults.append(
                 f"optim.warmup_steps {self.optim.warmup_steps} leaves nothing of train.steps {train.steps}; lower it"
@@ -342,6 +340,7 @@ class Config(Section):
             )
         if any(not 0 <= beta < 1 for beta in self.optim.betas):
             faults.append(f"optim.betas {self.optim.betas}: each must lie in [0, 1)")
+        faults += profile_faults(self.run, train.steps)
         faults += self.dataset.augment.channel_faults(self.dataset.channels) + self._row_faults()
         wanted = self.evaluate.best_metric.split(".")[0].replace("_", "-")
         if self.evaluate.every is not None and wanted not in self.evaluate.protocols:

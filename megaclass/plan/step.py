@@ -77,8 +77,8 @@ def _head_collectives(config: Config, preset: Preset, work: Work) -> list[Collec
         + work.global_batch * (objective.needs_positive + bool(config.classifier.count_weight_power))
     )
 
-    def gathered(what: str, count: int, item: int, name: str = "all-gather") -> Collective:
-        return Collective(name, what, micro * others * count * item, micro)
+    def gathered(what: str, count: int, item: int, name: str = "all-gather", slices: int = 1) -> Collective:
+        return Collective(name, what, micro * others * count * item, micro * slices)
 
     def reduced(what: str, count: int) -> Collective:
         return Collective("all-reduce", what, micro * 2 * others * count * size // work.world_size, micro)
@@ -86,7 +86,8 @@ def _head_collectives(config: Config, preset: Preset, work: Work) -> list[Collec
     each, routed = work.batch * work.dim, work.batch * work.dim // work.world_size
     if work.is_routed:
         each = -(-work.inter_batch // work.world_size) * work.dim
-    found = [gathered("labels", work.batch, 8), gathered("embeddings", each, sent)]
+    slices = config.train.gather_slices
+    found = [gathered("labels", work.batch, 8), gathered("embeddings", each, sent, slices=slices)]
     if work.is_routed:
         found.append(gathered("embeddings to owners", routed, sent, "all-to-all"))
     if margin.needs_norm:

@@ -37,6 +37,7 @@ from megaclass.train.account import SampleAccount, SampleCounts
 from megaclass.train.failure import told_failure
 from megaclass.train.guard import FiniteGuard, StopSignal, check_progress
 from megaclass.train.outcome import PREEMPTED, agent_run
+from megaclass.train.recorder import Recorder
 from megaclass.train.watchdog import Watchdog, end_process
 
 _log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Attempt:
             self._prepare()
         is_complete = loop.fit(
             self.training,
-            loop.Hooks(self._should_stop, self._before_update, self._after_step, [self._between]),
+            loop.Hooks(self._should_stop, self._before_update, self._after_step, [self._record, self._between]),
         )
         self.progress.close()
         if not is_complete:
@@ -148,6 +149,8 @@ class Attempt:
         if w.is_main:
             (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             self._announce()
+        self.recorder = Recorder(config.run, w, self.step, self.training.num_steps)
+        self._open.append(self.recorder.close)
         self.progress = ProgressLine(self.training.num_steps, self.training.step, w.is_main)
         self._open.append(self.progress.close)
 
@@ -246,6 +249,11 @@ class Attempt:
             self.exporter.observe_snapshot(training.step, snapshot, rates)
             if self.world.device.type == "cuda":
                 self.exporter.observe_gpu_memory(torch.cuda.max_memory_allocated())
+
+    def _record(self) -> None:
+        """After a step: the timeline of the steps that `run.profile` asks for."""
+        with self.watchdog.pause("profile") if self.recorder.is_due(self.training.step) else nullcontext():
+            self.recorder.record(self.training.step)
 
     def _between(self) -> None:
         """After a step: close the books of an epoch, evaluate and save where they are due."""

@@ -36,13 +36,14 @@ def check_batch(config: Config, world_size: int) -> None:
         ConfigError: with the nearest sizes that do.
     """
     train = config.train
-    unit = world_size * train.accumulation_steps
+    unit = world_size * train.accumulation_steps * train.gather_slices
     if train.global_batch_size % unit:
         below, above = train.global_batch_size // unit * unit, -(-train.global_batch_size // unit) * unit
         near = f"{above}" if not below else f"{below} or {above}"
+        slices = f" x {train.gather_slices} slices" if train.gather_slices > 1 else ""
         raise ConfigError(
             f"train.global_batch_size {train.global_batch_size} does not divide by {world_size} ranks x "
-            f"{train.accumulation_steps} accumulation steps = {unit}; use {near}"
+            f"{train.accumulation_steps} accumulation steps{slices} = {unit}; use {near}"
         )
     # Every backbone ends in a batch norm, which cannot be trained on one value.
     is_local = config.backbone.batch_norm == "local"
@@ -50,8 +51,8 @@ def check_batch(config: Config, world_size: int) -> None:
     if seen < 2:
         raise ConfigError(
             f"train.global_batch_size {train.global_batch_size} leaves batch norm ({config.backbone.batch_norm}) one "
-            f"sample at a time on {world_size} ranks with {train.accumulation_steps} accumulation steps; at least 2 "
-            "are needed"
+            f"sample at a time on {world_size} ranks with {train.accumulation_steps} accumulation steps and "
+            f"{train.gather_slices} slices; at least 2 are needed"
         )
 
 
@@ -126,6 +127,7 @@ def build_classifier(
     """This rank's shard of the class weights with the loss of the preset, and the graph of the sampler `hard`."""
     preset = resolve_preset(config)
     check_row_memory(config, preset)
+    check_slices(config, preset)
     shard = ClassShard(reader.num_classes, world.rank, world.size)
     graph = build_graph(config, preset, shard, world)
     own_loss = build_loss(config, preset, reader.num_classes, graph)
@@ -180,6 +182,19 @@ def check_row_memory(config: Config, preset: presets.Preset) -> None:
         raise ConfigError(
             f"classifier.row_memory host: the sampler {preset.sampler!r} {needs}; use one of "
             f"{', '.join(FEW_ROWS)} (presets d-softmax-k, partial-fc, ...), or row_memory device"
+        )
+
+
+def check_slices(config: Config, preset: presets.Preset) -> None:
+    """Refuse to gather in slices what is sent to some shards only, once the draw is known.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    if config.train.gather_slices > 1 and preset.sampler == "batch":
+        raise ConfigError(
+            f"train.gather_slices {config.train.gather_slices}: the sampler 'batch' (d-softmax-b) sends most "
+            "embeddings to the owners of their classes alone, after the draw; use gather_slices 1"
         )
 
 

@@ -22,6 +22,7 @@ from megaclass.data.batch import Batch, Reader
 from megaclass.errors import NumericError
 from megaclass.kernels.interface import RowBlock
 from megaclass.kernels.row_gradient import RowGradient
+from megaclass.marks import STEP, part
 from megaclass.neighbours import NeighbourGraph
 from megaclass.optim.clip import clip_coefficient, joint_norm
 from megaclass.optim.ema import MovingAverage
@@ -114,7 +115,8 @@ def fit(training: Training, hooks: Hooks) -> bool:
     while training.step < training.num_steps:
         if hooks.should_stop(training.step):
             return False
-        result = train_step(training, batches, hooks.before_update)
+        with part(STEP):
+            result = train_step(training, batches, hooks.before_update)
         training.step += 1
         training.position = result.batches[-1].position
         hooks.after_step(result)
@@ -150,20 +152,26 @@ def train_step(
     strategy.begin()
     for micro in range(num_micro):
         before = time.monotonic()
-        batch = next(batches)
+        with part("data wait"):
+            batch = next(batches)
         data_wait_seconds += time.monotonic() - before
         on_device = batch.to(training.world.device)
         with strategy.accumulate(is_last=micro == num_micro - 1):
-            with precision(training.config, training.world.device):
-                embeddings = strategy.model(on_device.images.to(_image_dtype(training.config)))
+            local = classifier.begin(on_device.labels)
+            for images in on_device.images.to(_image_dtype(training.config)).chunk(training.config.train.gather_slices):
+                with part("backbone forward"), precision(training.config, training.world.device):
+                    embeddings = strategy.model(images)
+                local.add(embeddings)
             draw_id = training.step * num_micro + micro
-            output = classifier(embeddings, on_device.labels, draw_id=draw_id, values=values, monitor=monitor)
-            strategy.backward(output.loss / num_micro)
+            output = classifier.finish(local, draw_id=draw_id, values=values, monitor=monitor)
+            with part("backbone backward"):
+                strategy.backward(output.loss / num_micro)
         outputs.append(output)
         used.append(replace(batch, images=batch.images.new_empty(0)))
     before_update(used)
     is_loss_finite = training.config.optim.row_update == "deferred" or bool(torch.isfinite(outputs[0].loss))
-    norm, is_taken, rates = _update(training, values.learning_rate, is_loss_finite)
+    with part("update"):
+        norm, is_taken, rates = _update(training, values.learning_rate, is_loss_finite)
     return StepResult(
         output=_mean(outputs),
         grad_norm=norm,
@@ -204,7 +212,8 @@ def _update(training: Training, rate_factor: float, is_loss_finite: bool) -> tup
     assert (gradient is None) == is_fused
     bias_gradient = classifier.take_bias_gradient()
     replicated = [*strategy.gradients(), *([] if bias_gradient is None else [bias_gradient])]
-    norm = joint_norm(replicated, None if gradient is None else gradient.values, training.world.group)
+    with part("norm"):
+        norm = joint_norm(replicated, None if gradient is None else gradient.values, training.world.group)
     rates = _rates(training, rate_factor)
     is_finite = bool(torch.isfinite(norm))
     if is_fused and is_loss_finite and not is_finite:
@@ -221,7 +230,7 @@ def _update(training: Training, rate_factor: float, is_loss_finite: bool) -> tup
     coefficient = torch.ones_like(norm) if limit is None else clip_coefficient(norm, limit)
     strategy.step(rates["backbone"], coefficient)
     if gradient is not None:
-        with classifier.timed():
+        with classifier.timed(), part("row update"):
             values = gradient.values
             if limit is not None:
                 values.mul_(coefficient.to(values.dtype))
