@@ -19,6 +19,9 @@ _MAY_CHANGE = {
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.device",
+    "train.channels_last",
+    "train.compile",
+    "train.activation_checkpointing",
 }
 _SECTIONS_MAY_CHANGE = {"observe", "evaluate", "dataset.remote"}
 _LENGTH = {"train.steps", "train.epochs"}

@@ -17,10 +17,10 @@ from megaclass.config.models import (
     Run,
     Schedule,
     Synthetic,
-    Train,
 )
 from megaclass.config.remote import Remote
 from megaclass.config.section import Section
+from megaclass.config.train import Train
 
 __all__ = [
     "Augment",

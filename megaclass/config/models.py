@@ -17,6 +17,7 @@ from megaclass.config.augment import Augment, beyond_dali
 from megaclass.config.remote import DataLocation, Remote, remote_faults
 from megaclass.config.sampling import sampling_faults
 from megaclass.config.section import Section
+from megaclass.config.train import Train, backbone_faults
 
 
 class Synthetic(Section):
@@ -239,24 +240,6 @@ class Optim(Section):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the backbone, used to evaluate")
 
 
-class Train(Section):
-    """Length, batch and precision of the run."""
-
-    steps: int | None = Field(None, ge=1, description="optimizer steps; give this or epochs")
-    epochs: float | None = Field(None, gt=0, description="passes over the data; give this or steps")
-    global_batch_size: int = Field(256, ge=1, description="samples per step over all ranks and accumulation steps")
-    accumulation_steps: int = Field(1, ge=1, description="micro-batches per step")
-    seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
-    strategy: Literal["auto", "ddp"] = Field("auto", description="how the backbone is replicated")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    precision: Literal["float32", "bfloat16", "float64"] = Field(
-        "float32", description="bfloat16: autocast of the backbone; float64: for comparisons"
-    )
-    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints; the last step always has one")
-    keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints kept, beside the best one")
-    non_finite_limit: int = Field(10, ge=1, description="skipped steps in a row that end the run (exit code 5)")
-
-
 class Evaluate(Section):
     """Evaluation on classes never trained on, during and after training."""
 
@@ -343,6 +326,7 @@ class Config(Section):
         if any(not 0 <= beta < 1 for beta in self.optim.betas):
             faults.append(f"optim.betas {self.optim.betas}: each must lie in [0, 1)")
         faults += self.dataset.augment.channel_faults(self.dataset.channels) + self._row_faults()
+        faults += backbone_faults(train, self.optim)
         wanted = self.evaluate.best_metric.split(".")[0].replace("_", "-")
         if self.evaluate.every is not None and wanted not in self.evaluate.protocols:
             faults.append(

@@ -228,7 +228,11 @@ class Attempt:
             if not result.is_taken:
                 self.exporter.count_skipped_step()
         if not result.is_taken:
-            _log.warning("step %d: the gradient norm is %s; the step is skipped on all ranks", step, result.grad_norm)
+            scaler = training.scaler
+            scale = "" if scaler is None else f"; the scale of the loss is now {scaler.scale:g}"
+            _log.warning(
+                "step %d: the gradient norm is %s; the step is skipped on all ranks%s", step, result.grad_norm, scale
+            )
         self.finite.record(step, result.is_taken)
         self.progress.advance(step)
         if step % self.config.run.log_every == 0 or step == training.num_steps:

@@ -25,6 +25,8 @@ from megaclass.optim.schedule import base_rates
 from megaclass.parallel.process import World
 from megaclass.parallel.shard import ClassShard
 from megaclass.sampling.samplers import FEW_ROWS, Graph
+from megaclass.train import precision
+from megaclass.train.compiled import check_compiler, compile_backbone
 from megaclass.train.ddp import DDPStrategy
 from megaclass.train.loop import Training
 
@@ -62,6 +64,9 @@ def build(config: Config, world: World) -> Training:
         ConfigError, DataError: an option or the data set cannot be used.
     """
     check_batch(config, world.size)
+    precision.set_tf32(config.train, world.device)
+    if config.train.compile:
+        check_compiler(world.device)
     reader = build_reader(config, world)
     backbone = build_backbone(config, world).to(dtype=backbone_dtype(config))
     backbone_rate, _ = base_rates(config.optim, config.train.global_batch_size)
@@ -86,6 +91,7 @@ def build(config: Config, world: World) -> Training:
         else rowwise.build(config.optim.class_name, classifier.bias.detach().view(1, 1), config.optim),
         graph=graph,
         average=None if decay is None else MovingAverage(backbone, decay),
+        scaler=precision.build_scaler(config.train),
         num_steps=num_steps,
     )
 
@@ -279,7 +285,7 @@ def build_loss(config: Config, preset: presets.Preset, num_classes: int, graph: 
 
 def backbone_dtype(config: Config) -> torch.dtype:
     """The type the backbone's parameters are kept in."""
-    return torch.float64 if config.train.precision == "float64" else torch.float32
+    return precision.image_dtype(config.train)
 
 
 def row_dtype(config: Config) -> torch.dtype:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
@@ -29,6 +28,7 @@ from megaclass.optim.hosted import HostedRowOptimizer
 from megaclass.optim.rowwise import RowOptimizer
 from megaclass.optim.schedule import base_rates, learning_rate_factor
 from megaclass.parallel.process import World
+from megaclass.train.precision import LossScaler, autocast, prepared, scaled
 from megaclass.train.strategy import Strategy
 
 
@@ -39,6 +39,7 @@ class Training:
     Attributes:
         bias_optimizer: of a loss's learned bias, the same on every rank; None for a loss without one.
         graph: the nearest-class graph of the sampler `hard`; None for any other.
+        scaler: of the loss, for `train.precision: float16`; None for any other.
         num_steps: steps of the whole run.
         step: steps taken, over all attempts.
         position: samples consumed, over all ranks.
@@ -53,6 +54,7 @@ class Training:
     bias_optimizer: RowOptimizer | None
     graph: NeighbourGraph | None
     average: MovingAverage | None
+    scaler: LossScaler | None
     num_steps: int
     step: int = 0
     position: int = 0
@@ -154,11 +156,11 @@ def train_step(
         data_wait_seconds += time.monotonic() - before
         on_device = batch.to(training.world.device)
         with strategy.accumulate(is_last=micro == num_micro - 1):
-            with precision(training.config, training.world.device):
-                embeddings = strategy.model(on_device.images.to(_image_dtype(training.config)))
+            with autocast(training.config.train, training.world.device):
+                embeddings = strategy.model(prepared(on_device.images, training.config.train))
             draw_id = training.step * num_micro + micro
             output = classifier(embeddings, on_device.labels, draw_id=draw_id, values=values, monitor=monitor)
-            strategy.backward(output.loss / num_micro)
+            strategy.backward(scaled(output.loss / num_micro, training.scaler))
         outputs.append(output)
         used.append(replace(batch, images=batch.images.new_empty(0)))
     before_update(used)
@@ -214,16 +216,21 @@ def _update(training: Training, rate_factor: float, is_loss_finite: bool) -> tup
             "optim.row_update deferred, or lower optim.lr"
         )
     classifier.keep_state(is_finite)
+    scale = 1.0 if training.scaler is None else training.scaler.scale
+    if training.scaler is not None:
+        training.scaler.record(is_finite)
+    norm = norm / scale
     if not is_finite:
         strategy.skip()
         return norm, False, rates
     limit = config.optim.clip_norm
-    coefficient = torch.ones_like(norm) if limit is None else clip_coefficient(norm, limit)
+    # One factor for every gradient, of the backbone, the class rows and the bias: clipped, and without the loss's scale.
+    coefficient = clip_coefficient(norm, limit) / scale
     strategy.step(rates["backbone"], coefficient)
     if gradient is not None:
         with classifier.timed():
             values = gradient.values
-            if limit is not None:
+            if limit is not None or scale != 1.0:
                 values.mul_(coefficient.to(values.dtype))
             training.row_optimizer.step(RowGradient(gradient.rows, values), rates["classes"], training.step)
     if training.bias_optimizer is not None and bias_gradient is not None:
@@ -232,17 +239,6 @@ def _update(training: Training, rate_factor: float, is_loss_finite: bool) -> tup
     if training.average is not None:
         training.average.update()
     return norm, True, rates
-
-
-def precision(config: Config, device: torch.device) -> AbstractContextManager[None]:
-    """The autocast context of the backbone's forward pass for `train.precision`."""
-    if config.train.precision == "bfloat16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
-def _image_dtype(config: Config) -> torch.dtype:
-    return torch.float64 if config.train.precision == "float64" else torch.float32
 
 
 def _mean(outputs: list[ClassifierOutput]) -> ClassifierOutput:

@@ -3,6 +3,7 @@
     backbone/NAME          parameters and buffers of the backbone            replicated
     optimizer/NAME/KEY     state of its optimizer                            replicated
     average/NAME           moving average of the backbone, if there is one   replicated
+    loss_scale/NAME        the scale of the loss of float16                  replicated
     loss/NAME              a learned bias, its optimizer's state, a running state   replicated
     class_weight           the class weights                                 one row per class
     class_optimizer/KEY    state of the row optimizer                        one row per class
@@ -31,6 +32,8 @@ def take(training: Training, attempt: int, extra: dict[str, Any]) -> Snapshot:
     replicated |= _prefixed("optimizer", training.strategy.state())
     if training.average is not None:
         replicated |= _prefixed("average", training.average.state_dict())
+    if training.scaler is not None:
+        replicated |= _prefixed("loss_scale", training.scaler.state())
     replicated |= _prefixed("loss", _loss_tensors(training))
     return Snapshot(
         step=training.step,
@@ -54,6 +57,8 @@ def restore(training: Training, snapshot: Snapshot) -> None:
     training.strategy.load_state(_stripped("optimizer", snapshot.replicated))
     if training.average is not None:
         training.average.load_state_dict(_stripped("average", snapshot.replicated))
+    if training.scaler is not None:
+        training.scaler.load_state(_stripped("loss_scale", snapshot.replicated))
     loss, own_loss = _stripped("loss", snapshot.replicated), _loss_tensors(training)
     if own_loss.keys() != loss.keys():
         different = ", ".join(f"loss/{name}" for name in sorted(own_loss.keys() ^ loss.keys()))

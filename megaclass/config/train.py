@@ -1,0 +1,68 @@
+"""The options of `train`, and which of them, about precision, memory and speed of the backbone, cannot be had together.
+
+Separate because these options are many and their combinations a matter of their own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from megaclass.config.section import Section
+
+if TYPE_CHECKING:
+    from megaclass.config.models import Optim
+
+
+class Train(Section):
+    """Length, batch and precision of the run."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps; give this or epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; give this or steps")
+    global_batch_size: int = Field(256, ge=1, description="samples per step over all ranks and accumulation steps")
+    accumulation_steps: int = Field(1, ge=1, description="micro-batches per step")
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
+    strategy: Literal["auto", "ddp"] = Field("auto", description="how the backbone is replicated")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    precision: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        "float32",
+        description="bfloat16, float16: autocast of the backbone, float16 with loss scaling; float64: for comparisons",
+    )
+    loss_scale: float | None = Field(
+        None, gt=0, le=2.0**40, description="precision float16: factor on the loss at the beginning; default 65536"
+    )
+    tf32: bool = Field(
+        False, description="CUDA: float32 products and convolutions in TF32 (ten bits), those of the class layer too"
+    )
+    channels_last: bool = Field(False, description="images and kernels of convolutions laid out channels last")
+    compile: bool = Field(False, description="compile the backbone with torch.compile; on a CPU needs a C++ compiler")
+    activation_checkpointing: bool = Field(
+        False, description="keep only the inputs of the backbone's blocks and compute the rest again in backward"
+    )
+    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints; the last step always has one")
+    keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints kept, beside the best one")
+    non_finite_limit: int = Field(10, ge=1, description="skipped steps in a row that end the run (exit code 5)")
+
+
+def backbone_faults(train: Train, optim: Optim) -> list[str]:
+    """What is wrong with the options of the backbone's precision, memory and speed, together."""
+    faults = []
+    if train.precision == "float16" and optim.row_update == "fused":
+        faults.append(
+            "train.precision float16 multiplies the loss by a scale, and optim.row_update fused writes class rows "
+            "before their gradient can be divided by it; use precision bfloat16 or optim.row_update deferred"
+        )
+    if train.loss_scale is not None and train.precision != "float16":
+        faults.append(
+            f"train.loss_scale {train.loss_scale:g} is for train.precision float16, and that is {train.precision}; "
+            "leave it out"
+        )
+    if train.tf32 and train.precision == "float64":
+        faults.append("train.tf32 is for products of float32, and train.precision float64 has none; leave it out")
+    if train.compile and train.activation_checkpointing:
+        faults.append(
+            "train.compile sees the whole backbone as one program and decides itself what backward computes again; "
+            "leave out train.activation_checkpointing, or train.compile"
+        )
+    return faults
