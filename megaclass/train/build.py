@@ -27,6 +27,7 @@ from megaclass.parallel.shard import ClassShard
 from megaclass.sampling.samplers import FEW_ROWS, Graph
 from megaclass.train.ddp import DDPStrategy
 from megaclass.train.loop import Training
+from megaclass.train.strategy import Strategy
 
 
 def check_batch(config: Config, world_size: int) -> None:
@@ -63,9 +64,7 @@ def build(config: Config, world: World) -> Training:
     """
     check_batch(config, world.size)
     reader = build_reader(config, world)
-    backbone = build_backbone(config, world).to(dtype=backbone_dtype(config))
-    backbone_rate, _ = base_rates(config.optim, config.train.global_batch_size)
-    strategy = DDPStrategy(backbone, backbone_optimizer.build(backbone, config.optim, backbone_rate), world)
+    strategy = build_strategy(config, world, build_backbone(config, world).to(dtype=backbone_dtype(config)))
     classifier, graph = build_classifier(config, world, reader, strategy.grad_divisor)
     decay = config.optim.ema_decay
     num_steps = number_of_steps(config, reader)
@@ -85,9 +84,15 @@ def build(config: Config, world: World) -> Training:
         if classifier.bias is None
         else rowwise.build(config.optim.class_name, classifier.bias.detach().view(1, 1), config.optim),
         graph=graph,
-        average=None if decay is None else MovingAverage(backbone, decay),
+        average=None if decay is None else MovingAverage(strategy.backbone, decay),
         num_steps=num_steps,
     )
+
+
+def build_strategy(config: Config, world: World, backbone: nn.Module) -> Strategy:
+    """What `train.strategy` names around the backbone, with its optimizer; `auto` is DDP."""
+    rate, _ = base_rates(config.optim, config.train.global_batch_size)
+    return DDPStrategy(backbone, backbone_optimizer.build(backbone, config.optim, rate), world)
 
 
 def build_reader(config: Config, world: World) -> Reader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megaclass.parallel.process import World
+from megaclass.train.strategy import Gradients, load_module
 
 # torch 2.13 renamed the option and warns about the old name, which 2.11 still needs.
 _NEW_NAME = "forward_sync_buffers"
@@ -53,13 +55,13 @@ class DDPStrategy:
         """Plain autograd; DDP's hooks average over ranks."""
         loss.backward()
 
-    def gradients(self) -> list[Tensor]:
-        """Gradients of all parameters that have one."""
-        return [parameter.grad for parameter in self.backbone.parameters() if parameter.grad is not None]
+    def gradients(self) -> Gradients:
+        """Gradients of all parameters that have one; DDP has made them the same on every rank."""
+        return Gradients([one.grad for one in self.backbone.parameters() if one.grad is not None], [])
 
     def step(self, learning_rate: float, coefficient: Tensor) -> None:
         """Scale, step, clear."""
-        torch._foreach_mul_(self.gradients(), coefficient)
+        torch._foreach_mul_(self.gradients().replicated, coefficient)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -72,8 +74,16 @@ class DDPStrategy:
             for buffer, before in self._before:
                 buffer.copy_(before)
 
-    def state(self) -> dict[str, Tensor]:
-        """`PARAMETER/KEY` -> tensor, for every tensor of the optimizer's state."""
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        """The backbone itself."""
+        return nullcontext(self.backbone)
+
+    def backbone_state(self) -> dict[str, Tensor]:
+        """The live tensors."""
+        return dict(self.backbone.state_dict())
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The live tensors."""
         return {
             f"{name}/{key}": value
             for name, parameter in self.backbone.named_parameters()
@@ -81,10 +91,14 @@ class DDPStrategy:
             if isinstance(value, Tensor)
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_backbone(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy into the backbone."""
+        load_module(self.backbone, tensors)
+
+    def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors back beside the parameters they belong to."""
         parameters = dict(self.backbone.named_parameters())
-        for full_name, value in state.items():
+        for full_name, value in tensors.items():
             name, key = full_name.rsplit("/", 1)
             parameter = parameters[name]
             # The step count too: torch's fused optimizers want it where the parameter is.
