@@ -23,7 +23,13 @@ class Train(Section):
     global_batch_size: int = Field(256, ge=1, description="samples per step over all ranks and accumulation steps")
     accumulation_steps: int = Field(1, ge=1, description="micro-batches per step")
     seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
-    strategy: Literal["auto", "ddp"] = Field("auto", description="how the backbone is replicated")
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="ddp: the whole backbone on every rank; fsdp: its parameters and their state in parts; auto: ddp",
+    )
+    fsdp_reshard: bool = Field(
+        True, description="strategy fsdp: drop a block's gathered parameters after its forward pass, gather them again"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     precision: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32",
@@ -64,5 +70,30 @@ def backbone_faults(train: Train, optim: Optim) -> list[str]:
         faults.append(
             "train.compile sees the whole backbone as one program and decides itself what backward computes again; "
             "leave out train.activation_checkpointing, or train.compile"
+        )
+    if train.strategy == "fsdp":
+        faults += _fsdp_faults(train, optim)
+    elif not train.fsdp_reshard:
+        faults.append(f"train.fsdp_reshard is for train.strategy fsdp, and that is {train.strategy}; leave it out")
+    return faults
+
+
+def _fsdp_faults(train: Train, optim: Optim) -> list[str]:
+    """What a backbone in parts cannot do."""
+    faults = []
+    if train.channels_last:
+        faults.append(
+            "train.strategy fsdp cuts parameters along their first dimension, row-major; leave out "
+            "train.channels_last, or use strategy ddp"
+        )
+    if train.compile:
+        faults.append(
+            "train.strategy fsdp gathers parameters between the blocks, and train.compile makes one program of them; "
+            "leave one of the two out"
+        )
+    if optim.ema_decay is not None:
+        faults.append(
+            f"optim.ema_decay {optim.ema_decay:g} keeps a second whole backbone, which train.strategy fsdp is there to "
+            "avoid; leave it out, or use strategy ddp"
         )
     return faults

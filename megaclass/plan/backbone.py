@@ -22,6 +22,8 @@ class BackboneWork:
     Attributes:
         num_parameters: trained numbers.
         parameter_bytes: of them.
+        gathered_bytes: of the parameters that are whole at once where ranks hold parts (`train.strategy: fsdp`): those
+            outside of the blocks, and the two largest blocks, as the next one is gathered while one computes.
         activation_bytes: kept from the forward for the backward pass; where blocks recompute theirs, the inputs of all
             blocks and the inside of the largest one.
         forward_flops: of the forward pass; backward takes twice as many.
@@ -30,6 +32,7 @@ class BackboneWork:
 
     num_parameters: int
     parameter_bytes: int
+    gathered_bytes: int
     activation_bytes: int
     forward_flops: int
     repeated_flops: int
@@ -54,18 +57,31 @@ def trace(config: Config, batch: int) -> BackboneWork:
         size, inside = _kept_bytes(backbone, images)
     repeated = 0
     if config.train.activation_checkpointing:
-        names = {f"{type(backbone).__name__}.{name}" for name, one in backbone.named_modules() if isinstance(one, Block)}
+        names = {
+            f"{type(backbone).__name__}.{name}" for name, one in backbone.named_modules() if isinstance(one, Block)
+        }
         repeated = sum(sum(counts.values()) for name, counts in flops.get_flop_counts().items() if name in names)
         recompute_blocks(backbone)
         size = _kept_bytes(backbone, images)[0] + inside
     share = batch / len(images)
     return BackboneWork(
         num_parameters=sum(parameter.numel() for parameter in parameters),
-        parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        parameter_bytes=_parameter_bytes(backbone),
+        gathered_bytes=_gathered_bytes(backbone),
         activation_bytes=int(size * share) // (2 if config.train.precision in ("bfloat16", "float16") else 1),
         forward_flops=int(flops.get_total_flops() * share),
         repeated_flops=int(repeated * share),
     )
+
+
+def _parameter_bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def _gathered_bytes(backbone: nn.Module) -> int:
+    """See `BackboneWork.gathered_bytes`."""
+    sizes = sorted(_parameter_bytes(block) for block in blocks(backbone))
+    return _parameter_bytes(backbone) - sum(sizes) + sum(sizes[-2:])
 
 
 def _kept_bytes(backbone: nn.Module, images: Tensor) -> tuple[int, int]:

@@ -65,8 +65,20 @@ def collectives(config: Config, preset: Preset, work: Work, backbone: BackboneWo
         return []
     return [
         *_head_collectives(config, preset, work),
-        Collective("all-reduce", "backbone gradient", 2 * (ranks - 1) * backbone.parameter_bytes // ranks, 1),
+        *_backbone_collectives(config, work, backbone),
         Collective("all-reduce", "gradient norm", 2 * (ranks - 1) * 8 // ranks, 1),
+    ]
+
+
+def _backbone_collectives(config: Config, work: Work, backbone: BackboneWork) -> list[Collective]:
+    """Its gradient; of a backbone in parts also its parameters, for every forward pass and, dropped, every backward."""
+    once = (work.world_size - 1) * backbone.parameter_bytes // work.world_size
+    if config.train.strategy != "fsdp":
+        return [Collective("all-reduce", "backbone gradient", 2 * once, 1)]
+    passes = work.num_micro * (2 if config.train.fsdp_reshard else 1)
+    return [
+        Collective("all-gather", "backbone parameters", passes * once, passes),
+        Collective("reduce-scatter", "backbone gradient", once, 1),
     ]
 
 

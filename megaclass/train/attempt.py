@@ -267,9 +267,10 @@ class Attempt:
     def _evaluate(self, evaluation: EvaluationSet) -> dict[str, Any]:
         """Judge the backbone (its moving average where there is one) over all ranks."""
         start = time.monotonic()
-        step, backbone = self.training.step, self.training.strategy.backbone
-        average = self.training.average
-        with self.watchdog.pause("evaluation"), nullcontext() if average is None else average.applied():
+        step, average = self.training.step, self.training.average
+        applied = nullcontext() if average is None else average.applied()
+        # The average first: what is made whole is then the averaged backbone.
+        with self.watchdog.pause("evaluation"), applied, self.training.strategy.whole() as backbone:
             if self.config.backbone.batch_norm == "local":
                 # Running statistics differ between ranks; the ones judged are those that are saved, rank 0's.
                 for buffer in backbone.buffers():

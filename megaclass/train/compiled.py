@@ -28,7 +28,9 @@ def check_compiler(device: torch.device) -> None:
     """
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
-            raise ConfigError("train.compile needs the package triton for CUDA; install megaclass[triton], or leave it out")
+            raise ConfigError(
+                "train.compile needs the package triton for CUDA; install megaclass[triton], or leave it out"
+            )
         return
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:

@@ -196,17 +196,22 @@ def _update_in_backward(
 def _update(training: Training, rate_factor: float, is_loss_finite: bool) -> tuple[Tensor, bool, dict[str, float]]:
     """Clip jointly and step both optimizers, or neither where the norm is not finite.
 
-    The norm is the same number on every rank: backbone gradients are replicated, and the class rows' part is summed
-    over shards. So every rank takes the same decision without asking. Reading it waits for the device; that also keeps
-    the hosts of all ranks within one step of each other, which agreeing on a stop relies on.
+    The norm is the same number on every rank: what is replicated counts once, and the parts of the class rows and of a
+    sharded backbone are summed over ranks. So every rank takes the same decision without asking. Reading it waits for
+    the device; that also keeps the hosts of all ranks within one step of each other, which agreeing on a stop relies
+    on.
     """
     config, strategy, classifier = training.config, training.strategy, training.classifier
     gradient = classifier.take_row_gradient()
     is_fused = config.optim.row_update == "fused"
     assert (gradient is None) == is_fused
     bias_gradient = classifier.take_bias_gradient()
-    replicated = [*strategy.gradients(), *([] if bias_gradient is None else [bias_gradient])]
-    norm = joint_norm(replicated, None if gradient is None else gradient.values, training.world.group)
+    backbone = strategy.gradients()
+    norm = joint_norm(
+        [*backbone.replicated, *([] if bias_gradient is None else [bias_gradient])],
+        [*backbone.sharded, *([] if gradient is None else [gradient.values])],
+        training.world.group,
+    )
     rates = _rates(training, rate_factor)
     is_finite = bool(torch.isfinite(norm))
     if is_fused and is_loss_finite and not is_finite:
@@ -224,7 +229,7 @@ def _update(training: Training, rate_factor: float, is_loss_finite: bool) -> tup
         strategy.skip()
         return norm, False, rates
     limit = config.optim.clip_norm
-    # One factor for every gradient, of the backbone, the class rows and the bias: clipped, and without the loss's scale.
+    # One factor for all gradients, those of the class rows and the bias too: it clips, and takes the loss's scale out.
     coefficient = clip_coefficient(norm, limit) / scale
     strategy.step(rates["backbone"], coefficient)
     if gradient is not None:
