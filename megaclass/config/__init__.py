@@ -16,11 +16,11 @@ from megaclass.config.models import (
     Optim,
     Schedule,
     Synthetic,
-    Train,
 )
 from megaclass.config.remote import Remote
 from megaclass.config.run import Run
 from megaclass.config.section import Section
+from megaclass.config.train import Train
 
 __all__ = [
     "Augment",

@@ -17,6 +17,7 @@ from megaclass.config.remote import DataLocation, Remote, remote_faults
 from megaclass.config.run import Run, profile_faults
 from megaclass.config.sampling import sampling_faults
 from megaclass.config.section import Section
+from megaclass.config.train import Train, backbone_faults, slice_faults
 
 
 class Synthetic(Section):
@@ -239,27 +240,6 @@ class Optim(Section):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the backbone, used to evaluate")
 
 
-class Train(Section):
-    """Length, batch and precision of the run."""
-
-    steps: int | None = Field(None, ge=1, description="optimizer steps; give this or epochs")
-    epochs: float | None = Field(None, gt=0, description="passes over the data; give this or steps")
-    global_batch_size: int = Field(256, ge=1, description="samples per step over all ranks and accumulation steps")
-    accumulation_steps: int = Field(1, ge=1, description="micro-batches per step")
-    gather_slices: int = Field(
-        1, ge=1, le=64, description="slices of a micro-batch: each travels while the backbone works on the next one"
-    )
-    seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
-    strategy: Literal["auto", "ddp"] = Field("auto", description="how the backbone is replicated")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    precision: Literal["float32", "bfloat16", "float64"] = Field(
-        "float32", description="bfloat16: autocast of the backbone; float64: for comparisons"
-    )
-    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints; the last step always has one")
-    keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints kept, beside the best one")
-    non_finite_limit: int = Field(10, ge=1, description="skipped steps in a row that end the run (exit code 5)")
-
-
 class Evaluate(Section):
     """Evaluation on classes never trained on, during and after training."""
 
@@ -324,12 +304,6 @@ class Config(Section):
                 f"train.global_batch_size {train.global_batch_size} does not divide by train.accumulation_steps "
                 f"{train.accumulation_steps}; choose a multiple"
             )
-        if train.gather_slices > 1 and self.backbone.batch_norm == "sync":
-            faults.append(
-                f"train.gather_slices {train.gather_slices} passes the backbone one slice at a time, and "
-                "backbone.batch_norm sync needs the whole batch at once; use batch_norm local, which then has the "
-                "statistics of a slice, or gather_slices 1"
-            )
         if train.steps is not None and self.optim.warmup_steps >= train.steps:
             faults.append(
                 f"optim.warmup_steps {self.optim.warmup_steps} leaves nothing of train.steps {train.steps}; lower it"
@@ -342,6 +316,7 @@ class Config(Section):
             faults.append(f"optim.betas {self.optim.betas}: each must lie in [0, 1)")
         faults += profile_faults(self.run, train.steps)
         faults += self.dataset.augment.channel_faults(self.dataset.channels) + self._row_faults()
+        faults += backbone_faults(train, self.optim) + slice_faults(train, self.backbone.batch_norm)
         wanted = self.evaluate.best_metric.split(".")[0].replace("_", "-")
         if self.evaluate.every is not None and wanted not in self.evaluate.protocols:
             faults.append(

@@ -102,7 +102,7 @@ def forecast(config: Config, num_classes: int, world_size: int, device: Device) 
         peak_moment=moment,
         host_bytes=memory.host_bytes(config, done, device.name == "cpu"),
         flops={
-            "backbone": 3 * network.forward_flops * done.num_micro,
+            "backbone": step.backbone_flops(network, done),
             "head": step.head_flops(config, done),
         },
         collectives=exchanges,

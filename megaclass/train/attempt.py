@@ -231,7 +231,11 @@ class Attempt:
             if not result.is_taken:
                 self.exporter.count_skipped_step()
         if not result.is_taken:
-            _log.warning("step %d: the gradient norm is %s; the step is skipped on all ranks", step, result.grad_norm)
+            scaler = training.scaler
+            scale = "" if scaler is None else f"; the scale of the loss is now {scaler.scale:g}"
+            _log.warning(
+                "step %d: the gradient norm is %s; the step is skipped on all ranks%s", step, result.grad_norm, scale
+            )
         self.finite.record(step, result.is_taken)
         self.progress.advance(step)
         if step % self.config.run.log_every == 0 or step == training.num_steps:
@@ -271,9 +275,10 @@ class Attempt:
     def _evaluate(self, evaluation: EvaluationSet) -> dict[str, Any]:
         """Judge the backbone (its moving average where there is one) over all ranks."""
         start = time.monotonic()
-        step, backbone = self.training.step, self.training.strategy.backbone
-        average = self.training.average
-        with self.watchdog.pause("evaluation"), nullcontext() if average is None else average.applied():
+        step, average = self.training.step, self.training.average
+        applied = nullcontext() if average is None else average.applied()
+        # The average first: what is made whole is then the averaged backbone.
+        with self.watchdog.pause("evaluation"), applied, self.training.strategy.whole() as backbone:
             if self.config.backbone.batch_norm == "local":
                 # Running statistics differ between ranks; the ones judged are those that are saved, rank 0's.
                 for buffer in backbone.buffers():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
 
 from megaclass import backbones, loss
+from megaclass.backbones.block import recompute_blocks
 from megaclass.classifier import ShardedClassifier
 from megaclass.config import Config
 from megaclass.data.batch import Reader
@@ -25,8 +27,11 @@ from megaclass.optim.schedule import base_rates
 from megaclass.parallel.process import World
 from megaclass.parallel.shard import ClassShard
 from megaclass.sampling.samplers import FEW_ROWS, Graph
+from megaclass.train import precision
+from megaclass.train.compiled import check_compiler, compile_backbone
 from megaclass.train.ddp import DDPStrategy
 from megaclass.train.loop import Training
+from megaclass.train.strategy import Strategy
 
 
 def check_batch(config: Config, world_size: int) -> None:
@@ -63,10 +68,11 @@ def build(config: Config, world: World) -> Training:
         ConfigError, DataError: an option or the data set cannot be used.
     """
     check_batch(config, world.size)
+    precision.set_tf32(config.train, world.device)
+    if config.train.compile:
+        check_compiler(world.device)
     reader = build_reader(config, world)
-    backbone = build_backbone(config, world).to(dtype=backbone_dtype(config))
-    backbone_rate, _ = base_rates(config.optim, config.train.global_batch_size)
-    strategy = DDPStrategy(backbone, backbone_optimizer.build(backbone, config.optim, backbone_rate), world)
+    strategy = build_strategy(config, world, build_backbone(config, world).to(dtype=backbone_dtype(config)))
     classifier, graph = build_classifier(config, world, reader, strategy.grad_divisor)
     decay = config.optim.ema_decay
     num_steps = number_of_steps(config, reader)
@@ -86,9 +92,41 @@ def build(config: Config, world: World) -> Training:
         if classifier.bias is None
         else rowwise.build(config.optim.class_name, classifier.bias.detach().view(1, 1), config.optim),
         graph=graph,
-        average=None if decay is None else MovingAverage(backbone, decay),
+        average=None if decay is None else MovingAverage(strategy.backbone, decay),
+        scaler=precision.build_scaler(config.train),
         num_steps=num_steps,
     )
+
+
+def build_strategy(config: Config, world: World, backbone: nn.Module) -> Strategy:
+    """What `train.strategy` names around the backbone, with its optimizer; `auto` is DDP.
+
+    On one rank there is nothing to cut, and `fsdp` is the plain backbone too.
+    """
+    train = config.train
+    rate, _ = base_rates(config.optim, train.global_batch_size)
+    make_optimizer = partial(backbone_optimizer.build, optim=config.optim, lr=rate)
+    if train.channels_last:
+        backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if train.activation_checkpointing:
+        recompute_blocks(backbone)
+    if train.strategy == "fsdp" and world.size > 1:
+        from megaclass.train.fsdp import FSDPStrategy  # its imports take seconds
+
+        return FSDPStrategy(
+            backbone,
+            make_optimizer,
+            lambda: build_backbone(config, world).to(dtype=backbone_dtype(config)),
+            world,
+            reshard_after_forward=train.fsdp_reshard,
+        )
+    forward = backbone
+    if train.compile:
+        batch = train.global_batch_size // (world.size * train.accumulation_steps)
+        shape = (batch, config.dataset.channels, config.dataset.image_size, config.dataset.image_size)
+        images = precision.prepared(torch.zeros(shape, device=world.device), train)
+        forward = compile_backbone(backbone, images, precision.autocast(train, world.device))
+    return DDPStrategy(backbone, make_optimizer(backbone), world, forward)
 
 
 def build_reader(config: Config, world: World) -> Reader:
@@ -294,7 +332,7 @@ def build_loss(config: Config, preset: presets.Preset, num_classes: int, graph: 
 
 def backbone_dtype(config: Config) -> torch.dtype:
     """The type the backbone's parameters are kept in."""
-    return torch.float64 if config.train.precision == "float64" else torch.float32
+    return precision.image_dtype(config.train)
 
 
 def row_dtype(config: Config) -> torch.dtype:
