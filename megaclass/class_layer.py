@@ -142,7 +142,7 @@ class ClassLayer(torch.autograd.Function):
                 travelling = batch.send_back(partial, (d_total * divisor)[:, None] * ctx.sums.embedding_gradient)
                 if d_norm is not None:
                     travelling_norm = reduce_scatter_batch(d_norm * grad_loss * divisor, classifier.group)
-            with part("weight pass"):
+            with part("weight pass"), classifier.beside(ctx.sums, ctx.draw, batch, own, cosine, d_cosine, d_total):
                 classifier.receive_rows(
                     ctx.sums.row_pass(d_total),
                     None if ctx.draw.rows is None else rows_of(ctx.draw.rows, classifier.loss.rows_per_class),

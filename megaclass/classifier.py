@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,7 @@ from megaclass.objectives.objective import Values
 from megaclass.parallel.collectives import Group, group_size
 from megaclass.parallel.shard import ClassShard
 from megaclass.pass_rows import PassRows, from_host, on_device
+from megaclass.row_stream import RowStream
 
 # Initial rows are drawn in blocks of this many global classes, each from a generator of its own.
 INIT_BLOCK = 1024
@@ -97,6 +98,7 @@ class ShardedClassifier(nn.Module):
         state: running scalar of the negative map, the same on every rank; None for a loss without one.
         row_update: writes the rows during the backward pass, block by block, where a strategy has said so; None keeps
             their gradient until `take_row_gradient`.
+        row_stream: where the rows' part of the backward pass runs; None for the stream of everything else.
         cpu_seconds: processor time this process has spent in the class layer; 0 on a GPU, where it means nothing.
     """
 
@@ -146,6 +148,7 @@ class ShardedClassifier(nn.Module):
         self.balance = None if balance is None else balance.to(self._like)
         self.cpu_seconds = 0.0
         self.row_update: RowUpdate | None = None
+        self.row_stream: RowStream | None = None
         self._row_gradients: list[RowGradient] = []
         self._bias_gradient: Tensor | None = None
         self._proposed_states: list[Tensor] = []
@@ -201,7 +204,12 @@ class ShardedClassifier(nn.Module):
         return on_device(self.weight.detach(), self.loss.sampler, labels, self.shard, draw_id, rate)
 
     def take_row_gradient(self) -> RowGradient | None:
-        """The gradient of the class weights since the last call, merged over micro-batches; None if there was none."""
+        """The gradient of the class weights since the last call, merged over micro-batches; None if there was none.
+
+        Called in every step, also where the backward pass writes the rows itself: what follows sees them written.
+        """
+        if self.row_stream is not None:
+            self.row_stream.join()
         pending, self._row_gradients = self._row_gradients, []
         return merge(pending) if pending else None
 
@@ -223,6 +231,10 @@ class ShardedClassifier(nn.Module):
             self._row_gradients.append(gradient)
         elif bool(torch.isfinite(loss)):
             self.row_update(blocks, rows, own)
+
+    def beside(self, *inputs: object) -> AbstractContextManager[None]:
+        """The block of the backward pass that calls `receive_rows`; `inputs` hold all tensors that it reads."""
+        return nullcontext() if self.row_stream is None else self.row_stream.beside(*inputs)
 
     def take_bias_gradient(self) -> Tensor | None:
         """The gradient of the learned bias since the last call, a scalar, the same on every rank."""

@@ -42,6 +42,7 @@ LAYERS = {
     "observe": 2,
     "parallel": 1,
     "host_rows": 1,
+    "row_stream": 1,
     "backbones": 1,
     "data.batch": 1,
     "data.manifest": 1,

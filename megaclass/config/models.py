@@ -17,7 +17,7 @@ from megaclass.config.remote import DataLocation, Remote, remote_faults
 from megaclass.config.run import Run, profile_faults
 from megaclass.config.sampling import sampling_faults
 from megaclass.config.section import Section
-from megaclass.config.train import Train, backbone_faults, slice_faults
+from megaclass.config.train import Train, backbone_faults, overlap_faults
 
 
 class Synthetic(Section):
@@ -316,7 +316,8 @@ class Config(Section):
             faults.append(f"optim.betas {self.optim.betas}: each must lie in [0, 1)")
         faults += profile_faults(self.run, train.steps)
         faults += self.dataset.augment.channel_faults(self.dataset.channels) + self._row_faults()
-        faults += backbone_faults(train, self.optim) + slice_faults(train, self.backbone.batch_norm)
+        faults += backbone_faults(train, self.optim)
+        faults += overlap_faults(train, self.backbone.batch_norm, self.classifier.row_memory)
         wanted = self.evaluate.best_metric.split(".")[0].replace("_", "-")
         if self.evaluate.every is not None and wanted not in self.evaluate.protocols:
             faults.append(

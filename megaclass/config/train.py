@@ -25,6 +25,10 @@ class Train(Section):
     gather_slices: int = Field(
         1, ge=1, le=64, description="slices of a micro-batch: each travels while the backbone works on the next one"
     )
+    row_stream: bool = Field(
+        False,
+        description="CUDA: class-row pass beside the backbone's backward, on its own stream; never run on a GPU yet",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
@@ -81,11 +85,16 @@ def backbone_faults(train: Train, optim: Optim) -> list[str]:
     return faults
 
 
-def slice_faults(train: Train, batch_norm: str) -> list[str]:
-    """What keeps the backbone from taking a micro-batch slice by slice."""
-    if train.gather_slices == 1:
-        return []
+def overlap_faults(train: Train, batch_norm: str, row_memory: str) -> list[str]:
+    """What keeps the backbone from taking a micro-batch slice by slice, and the class-row pass from its own stream."""
     faults = []
+    if train.row_stream and row_memory == "host":
+        faults.append(
+            "train.row_stream: rows that visit the device (classifier.row_memory host) are copied by a stream of their "
+            "own already, which knows no third one; leave one of the two out"
+        )
+    if train.gather_slices == 1:
+        return faults
     if batch_norm == "sync":
         faults.append(
             f"train.gather_slices {train.gather_slices} passes the backbone one slice at a time, and "

@@ -26,6 +26,7 @@ from megaclass.optim.rowwise import RowOptimizer
 from megaclass.optim.schedule import base_rates
 from megaclass.parallel.process import World
 from megaclass.parallel.shard import ClassShard
+from megaclass.row_stream import RowStream
 from megaclass.sampling.samplers import FEW_ROWS, Graph
 from megaclass.train import precision
 from megaclass.train.compiled import check_compiler, compile_backbone
@@ -171,6 +172,11 @@ def build_classifier(
     own_loss = build_loss(config, preset, reader.num_classes, graph)
     if config.classifier.kernel == "triton":
         check_fused(config, own_loss, world.device)
+    if config.train.row_stream and world.device.type != "cuda":
+        raise ConfigError(
+            f"train.row_stream is for CUDA, and this run is on {world.device}, whose cores the backbone has already; "
+            "leave it out"
+        )
     classifier = ShardedClassifier(
         config.backbone.dim,
         shard,
@@ -189,6 +195,8 @@ def build_classifier(
         device=world.device,
         on_host=config.classifier.row_memory == "host",
     )
+    if config.train.row_stream:
+        classifier.row_stream = RowStream(world.device)
     return classifier, graph
 
 
