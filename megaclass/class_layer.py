@@ -2,10 +2,10 @@
 
 The path of one batch, W ranks with B samples each, G = W B:
 
- 1. the labels [B] are gathered to [G], and the sampler draws the negative rows of this shard, or the part of the batch
-    that has an inter term;
- 2. the embeddings [B, dim] are gathered to [G, dim]; where a part has an inter term only that part is, and the others
-    are sent to the owners of their classes (`parallel/exchange.py`);
+ 1. the labels [B] have been gathered to [G] while the backbone worked, and the sampler draws the negative rows of this
+    shard, or the part of the batch that has an inter term;
+ 2. the embeddings [B, dim] are gathered to [G, dim] during that draw (`micro_batch.py`); where a part has an inter
+    term only that part is, and the others are sent to the owners of their classes (`parallel/exchange.py`);
  3. the rank that owns a sample's class computes its cosine, and for a dissected loss its intra term, alone;
  4. the kernel sums what this shard's negatives contribute and, with it, the embedding gradient of each sum;
  5. ONE all-reduce completes the sums; it also carries the positive logits where the loss is entangled. A negative map
@@ -32,6 +32,7 @@ from megaclass.kernels import negatives
 from megaclass.kernels.interface import Candidates, Negatives, rows_of
 from megaclass.kernels.row_gradient import RowGradient
 from megaclass.kernels.terms import Exponential, Summed, Term
+from megaclass.marks import part
 from megaclass.objectives.margin import Facts
 from megaclass.objectives.negative_map import Positives, filtered, filtered_function
 from megaclass.objectives.objective import Values
@@ -44,12 +45,13 @@ from megaclass.parallel.collectives import (
     sum_over_ranks,
     sum_over_shards,
 )
-from megaclass.parallel.exchange import Exchange, exchange
+from megaclass.parallel.exchange import Exchange, Gathered, exchange
 from megaclass.pass_rows import PassRows
 from megaclass.sampling.draw import Draw
 
 if TYPE_CHECKING:
     from megaclass.classifier import ShardedClassifier
+    from megaclass.micro_batch import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -85,23 +87,26 @@ class Pass:
 
 
 class ClassLayer(torch.autograd.Function):
-    """Steps 1 to 7; embeddings [B, dim], their lengths [B] or None -> loss, intra, inter, positive cosine, monitors."""
+    """Steps 1 to 7; embeddings [B, dim], their lengths [B] or None -> loss, intra, inter, positive cosine, monitors.
+
+    The tensors that have a gradient are given beside the micro-batch they come from.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, embeddings: Tensor, norm: Tensor | None, labels: Tensor, classifier: ShardedClassifier, this: Pass
+        ctx: Any, embeddings: Tensor, norm: Tensor | None, local: MicroBatch, classifier: ShardedClassifier, this: Pass
     ) -> Any:
         """Steps 1 to 6."""
         loss, group = classifier.loss, classifier.group
         with torch.autocast(embeddings.device.type, enabled=False):
-            labels = all_gather_batch(labels, group)
+            labels = local.all_labels()
             rows = classifier.rows_of_pass(labels, this.draw_id, this.values.sampling_rate)
             draw = rows.draw
-            owner = classifier.shard.owner_of(labels)
-            batch = exchange(_as_sent(embeddings, classifier), owner, draw.batch_rows, group, dtype=embeddings.dtype)
+            batch = _exchange(local, classifier, labels, draw, embeddings.dtype)
             own = _own_rows(classifier, batch.own, rows, batch)
             cosine = batch.spread((batch.own * own.unit).sum(dim=1))
-            norm = None if norm is None else all_gather_batch(norm, group)
+            with part("gather"):
+                norm = None if norm is None else all_gather_batch(norm, group)
             facts = Facts(norm, stream_key(loss.seed, STREAM_MARGIN, this.draw_id))
             chosen = slice(None) if draw.batch_rows is None else draw.batch_rows
             candidates = Candidates(rows.weight, draw.rows, draw.log_weight, loss.rows_per_class)
@@ -126,33 +131,40 @@ class ClassLayer(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         """Step 7."""
         classifier: ShardedClassifier = ctx.classifier
-        with classifier.timed():
+        with classifier.timed(), part("class layer backward"):
             row, weight_row, unit, inverse, cosine, d_cosine, d_total, d_norm, d_bias = ctx.saved_tensors
             batch: Exchange = ctx.batch
             own = Own(row, weight_row, unit, inverse)
             d_cosine, d_total = batch.at_own(d_cosine) * grad_loss, d_total * grad_loss
             divisor = classifier.grad_divisor
             partial = (d_cosine * divisor)[:, None] * own.unit
-            travelling = batch.send_back(partial, (d_total * divisor)[:, None] * ctx.sums.embedding_gradient)
-            if d_norm is not None:
-                travelling_norm = reduce_scatter_batch(d_norm * grad_loss * divisor, classifier.group)
-            classifier.receive_rows(
-                ctx.sums.row_pass(d_total),
-                None if ctx.draw.rows is None else rows_of(ctx.draw.rows, classifier.loss.rows_per_class),
-                _own_row_gradient(batch.own, own, batch.at_own(cosine), d_cosine),
-                ctx.loss,
-            )
+            with part("reduce-scatter"):
+                travelling = batch.send_back(partial, (d_total * divisor)[:, None] * ctx.sums.embedding_gradient)
+                if d_norm is not None:
+                    travelling_norm = reduce_scatter_batch(d_norm * grad_loss * divisor, classifier.group)
+            with part("weight pass"), classifier.beside(ctx.sums, ctx.draw, batch, own, cosine, d_cosine, d_total):
+                classifier.receive_rows(
+                    ctx.sums.row_pass(d_total),
+                    None if ctx.draw.rows is None else rows_of(ctx.draw.rows, classifier.loss.rows_per_class),
+                    _own_row_gradient(batch.own, own, batch.at_own(cosine), d_cosine),
+                    ctx.loss,
+                )
             if d_bias is not None:
                 classifier.add_bias_gradient(sum_over_ranks(d_bias * grad_loss, classifier.group))
-            return travelling.wait(), None if d_norm is None else travelling_norm.wait(), None, None, None
+            with part("reduce-scatter"):
+                return travelling.wait(), None if d_norm is None else travelling_norm.wait(), None, None, None
 
 
-def _as_sent(embeddings: Tensor, classifier: ShardedClassifier) -> Tensor:
-    """Embeddings as they travel: bfloat16 where the rows are, as their products take them so; gradients stay float32.
-
-    All terms of the loss then see the same embedding, and the loss is that of the rounded one.
-    """
-    return embeddings.bfloat16() if classifier.weight.dtype == torch.bfloat16 else embeddings
+def _exchange(
+    local: MicroBatch, classifier: ShardedClassifier, labels: Tensor, draw: Draw, dtype: torch.dtype
+) -> Exchange:
+    """The embeddings that this shard needs: what all ranks have sent already, or what is sent now."""
+    everything = local.all_embeddings()
+    if everything is not None:
+        return Gathered(everything.to(dtype), draw.batch_rows, classifier.group)
+    with part("gather"):
+        owner = classifier.shard.owner_of(labels)
+        return exchange(local.sent_embeddings(), owner, draw.batch_rows, classifier.group, dtype=dtype)
 
 
 def _own_rows(classifier: ShardedClassifier, embeddings: Tensor, rows: PassRows, batch: Exchange) -> Own:
@@ -195,7 +207,8 @@ def _term(classifier: ShardedClassifier, cosine: Tensor, own: Own, facts: Facts,
     positives = None
     if loss.negative_map.needs_positive:
         adjusted = torch.where(own.row >= 0, loss.margin(cosine, classifier.margin_sizes(own.row, values), facts), 0.0)
-        complete, adjusted = sum_over_ranks(torch.stack([cosine, adjusted]), classifier.group)
+        with part("sums"):
+            complete, adjusted = sum_over_ranks(torch.stack([cosine, adjusted]), classifier.group)
         assert classifier.state is not None
         positives = Positives(complete, adjusted, classifier.state)
         classifier.propose_state(loss.negative_map.next_state(positives))
@@ -257,7 +270,8 @@ def _loss_and_derivatives(
         if this.monitor:
             parts.append(_monitored(classifier, sums, draw, own, logit.detach(), this))
         sizes = [len(part) for part in parts]
-        complete = list(sum_over_shards(torch.cat(parts), group).split(sizes))
+        with part("sums"):
+            complete = list(sum_over_shards(torch.cat(parts), group).split(sizes))
         summed, intra_sum, cosine_sum = complete[0], complete[1][0], complete[2][0].detach()
         chosen = slice(None) if draw.batch_rows is None else draw.batch_rows
         positive = complete[3] if objective.needs_positive else None
@@ -285,7 +299,8 @@ def _common_maximum(sums: Negatives, classifier: ShardedClassifier) -> tuple[Ten
     """The samples' largest exponents over all shards [m], and what brings this shard's sums down to them [m]."""
     if sums.maximum is None:
         return 0.0, 1.0
-    maximum = max_over_ranks(sums.maximum, classifier.group)
+    with part("sums"):
+        maximum = max_over_ranks(sums.maximum, classifier.group)
     # Where no shard has a negative both are minus infinity; zero is then as good a reference as any.
     maximum = torch.where(maximum == -torch.inf, 0.0, maximum)
     return maximum, (sums.maximum - maximum).exp()

@@ -6,10 +6,9 @@ until the optimizers take it: the gradient of the rows, of a learned bias, and a
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,15 +16,17 @@ from torch import Tensor, nn
 
 from megaclass.class_layer import ClassLayer, Pass
 from megaclass.counter import mix
-from megaclass.errors import DataError
 from megaclass.host_rows import HostRows
 from megaclass.kernels.interface import RowBlock
 from megaclass.kernels.row_gradient import RowGradient, RowUpdate, collect, merge
 from megaclass.loss import Balance, Loss
+from megaclass.marks import part
+from megaclass.micro_batch import MicroBatch
 from megaclass.objectives.objective import Values
 from megaclass.parallel.collectives import Group, group_size
 from megaclass.parallel.shard import ClassShard
 from megaclass.pass_rows import PassRows, from_host, on_device
+from megaclass.row_stream import RowStream
 
 # Initial rows are drawn in blocks of this many global classes, each from a generator of its own.
 INIT_BLOCK = 1024
@@ -97,6 +98,7 @@ class ShardedClassifier(nn.Module):
         state: running scalar of the negative map, the same on every rank; None for a loss without one.
         row_update: writes the rows during the backward pass, block by block, where a strategy has said so; None keeps
             their gradient until `take_row_gradient`.
+        row_stream: where the rows' part of the backward pass runs; None for the stream of everything else.
         cpu_seconds: processor time this process has spent in the class layer; 0 on a GPU, where it means nothing.
     """
 
@@ -146,6 +148,7 @@ class ShardedClassifier(nn.Module):
         self.balance = None if balance is None else balance.to(self._like)
         self.cpu_seconds = 0.0
         self.row_update: RowUpdate | None = None
+        self.row_stream: RowStream | None = None
         self._row_gradients: list[RowGradient] = []
         self._bias_gradient: Tensor | None = None
         self._proposed_states: list[Tensor] = []
@@ -163,20 +166,35 @@ class ShardedClassifier(nn.Module):
             monitor: whether to fill in `ClassifierOutput.monitors`; the same on every rank.
 
         Raises:
-            DataError: a label outside [0, num_classes) or not an integer; found on this rank, before anything is sent.
+            DataError: as `MicroBatch`.
 
         Cost: one all-gather of the labels and one of the embeddings, one all-reduce of m + 2 numbers (m + G + 2 for an
         entangled loss; W + 4 more with monitors), and in backward one reduce-scatter of the embedding gradients. Where
         m < G samples have an inter term the two large ones are of m embeddings, beside an all-to-all of this rank's B
         each way (`parallel/exchange.py`). What a loss needs beyond that it says itself (`class_layer.py`).
         """
-        check_labels(labels, self.shard.num_classes)
-        with self.timed():
-            embeddings = embeddings.to(self.dtype)
-            norm = torch.linalg.vector_norm(embeddings, dim=1) if self.loss.margin.needs_norm else None
-            embeddings = normalised(embeddings, self.loss.normalisation)
+        batch = self.begin(labels)
+        batch.add(embeddings)
+        return self.finish(batch, draw_id=draw_id, values=values, monitor=monitor)
+
+    def begin(self, labels: Tensor) -> MicroBatch:
+        """Start a forward pass with its labels, before the embeddings are known; `finish` ends it.
+
+        With `MicroBatch.add` for every slice of the embeddings this is `forward`, whose arguments and errors these
+        are, but that what has been added travels while the next slice is computed: one all-gather a slice. The
+        embeddings of a loss with an inter term for a part of the batch travel at the end (`Loss.sends_whole_batch`).
+        """
+        return MicroBatch(self, labels)
+
+    def finish(
+        self, batch: MicroBatch, *, draw_id: int, values: Values | None = None, monitor: bool = False
+    ) -> ClassifierOutput:
+        """The loss of a micro-batch whose embeddings have all been added; see `forward`."""
+        with self.timed(), part("class layer forward"):
             this = Pass(draw_id, values or self.loss.preset.values(0.0), monitor)
-            loss, intra, inter, positive_cosine, seen = ClassLayer.apply(embeddings, norm, labels, self, this)
+            loss, intra, inter, positive_cosine, seen = ClassLayer.apply(
+                batch.embeddings(), batch.norms(), batch, self, this
+            )
         return ClassifierOutput(loss, intra, inter, positive_cosine, Monitors(*seen.unbind()) if monitor else None)
 
     def rows_of_pass(self, labels: Tensor, draw_id: int, rate: float) -> PassRows:
@@ -186,7 +204,12 @@ class ShardedClassifier(nn.Module):
         return on_device(self.weight.detach(), self.loss.sampler, labels, self.shard, draw_id, rate)
 
     def take_row_gradient(self) -> RowGradient | None:
-        """The gradient of the class weights since the last call, merged over micro-batches; None if there was none."""
+        """The gradient of the class weights since the last call, merged over micro-batches; None if there was none.
+
+        Called in every step, also where the backward pass writes the rows itself: what follows sees them written.
+        """
+        if self.row_stream is not None:
+            self.row_stream.join()
         pending, self._row_gradients = self._row_gradients, []
         return merge(pending) if pending else None
 
@@ -208,6 +231,10 @@ class ShardedClassifier(nn.Module):
             self._row_gradients.append(gradient)
         elif bool(torch.isfinite(loss)):
             self.row_update(blocks, rows, own)
+
+    def beside(self, *inputs: object) -> AbstractContextManager[None]:
+        """The block of the backward pass that calls `receive_rows`; `inputs` hold all tensors that it reads."""
+        return nullcontext() if self.row_stream is None else self.row_stream.beside(*inputs)
 
     def take_bias_gradient(self) -> Tensor | None:
         """The gradient of the learned bias since the last call, a scalar, the same on every rank."""
@@ -257,17 +284,6 @@ class ShardedClassifier(nn.Module):
             self.cpu_seconds += time.process_time() - begin
 
 
-def normalised(embeddings: Tensor, normalisation: str) -> Tensor:
-    """Embeddings [batch, dim] as the class layer takes them.
-
-    `l2`: unit length. `batch-norm`: divided by sqrt(dim), for a backbone that ends in a batch norm without a scale of
-    its own; their lengths are then about one (Heated-Up Softmax, arXiv 1809.04157, section 3.3).
-    """
-    if normalisation == "batch-norm":
-        return embeddings / math.sqrt(embeddings.shape[1])
-    return nn.functional.normalize(embeddings, dim=1)
-
-
 def initial_rows(
     shard: ClassShard, dim: int, seed: int, *, rows_per_class: int = 1, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -286,23 +302,3 @@ def initial_rows(
         values = torch.randn(INIT_BLOCK, rows_per_class, dim, generator=generator)
         rows[low - shard.start : high - shard.start] = values[low - first : high - first]
     return rows.mul_(0.01).flatten(0, 1)
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Refuse labels that no shard owns: they would give a finite, wrong loss and no error at all.
-
-    Raises:
-        DataError: on the CPU, with the first bad label. On CUDA, where reading one would stall the GPU, the check runs
-            on the device and a bad label ends the process there; the readers have already checked on the host.
-    """
-    if labels.dtype != torch.int64:
-        raise DataError(f"labels have type {labels.dtype}; int64 class ids in [0, {num_classes}) are needed")
-    is_bad = (labels < 0) | (labels >= num_classes)
-    if labels.is_cuda:
-        torch._assert_async(~is_bad.any())
-    elif bool(is_bad.any()):
-        first = int(labels[is_bad][0])
-        raise DataError(
-            f"label {first} is outside [0, {num_classes}); correct the data set (`megaclass data verify DIR` lists "
-            "such labels) or the number of classes"
-        )

@@ -33,7 +33,7 @@ class Loss:
         negative_filter: negatives with a cosine above it are dropped; None keeps all.
         rows_per_class: sub-centres; the one with the largest cosine stands for its class. Source: Deng et al.,
             "Sub-center ArcFace", ECCV 2020.
-        normalisation: `l2` or `batch-norm`, see `classifier.normalised`.
+        normalisation: `l2` or `batch-norm`, see `micro_batch.normalised`.
         seed: of random margins.
     """
 
@@ -47,6 +47,11 @@ class Loss:
     rows_per_class: int
     normalisation: str
     seed: int
+
+    @property
+    def sends_whole_batch(self) -> bool:
+        """Whether every shard gets every embedding, so that none need wait for the draw."""
+        return self.preset.sampler != "batch"
 
 
 def build(

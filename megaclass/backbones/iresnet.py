@@ -11,12 +11,13 @@ from functools import partial
 from torch import Tensor, nn
 
 from megaclass.backbones import Norm, Sizes, register, require_image_size
+from megaclass.backbones.block import Block
 
 _CHANNELS = (64, 128, 256, 512)
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
 
 
-class _Block(nn.Module):
+class _Block(Block):
     """Batch norm, 3x3, batch norm, PReLU, 3x3 (which has the stride), batch norm; a shortcut beside it."""
 
     def __init__(self, num_in: int, num_out: int, stride: int, norm: Norm) -> None:
@@ -33,7 +34,7 @@ class _Block(nn.Module):
         if stride != 1 or num_in != num_out:
             self.shortcut = nn.Sequential(nn.Conv2d(num_in, num_out, 1, stride=stride, bias=False), norm(num_out, 2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """[batch, num_in, side, side] to [batch, num_out, ceil(side / stride), ceil(side / stride)]."""
         out: Tensor = self.body(x) + self.shortcut(x)
         return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megaclass.backbones import Norm, Sizes, register, require_image_size
+from megaclass.backbones.block import Block
 
 # Expansion, channels, blocks, stride of the first block: table 1 of the paper, between the stem and the end.
 _STAGES = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
@@ -35,7 +36,7 @@ def _conv(
     return nn.Sequential(*layers) if linear else nn.Sequential(*layers, nn.PReLU(num_out))
 
 
-class _Bottleneck(nn.Module):
+class _Bottleneck(Block):
     """1x1 to more channels, 3x3 on each channel, 1x1 back without a nonlinearity; a shortcut where shapes allow."""
 
     def __init__(self, num_in: int, num_out: int, expansion: int, stride: int, norm: Norm) -> None:
@@ -48,7 +49,7 @@ class _Bottleneck(nn.Module):
         )
         self._has_shortcut = stride == 1 and num_in == num_out
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """[batch, num_in, side, side] to [batch, num_out, ceil(side / stride), ceil(side / stride)]."""
         out: Tensor = self.body(x)
         return x + out if self._has_shortcut else out

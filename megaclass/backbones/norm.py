@@ -62,12 +62,18 @@ class SynchronisedBatchNorm(_BatchNorm):
     Parameters and buffers are named as in `torch.nn.BatchNorm2d`. The gradients of scale and shift are this rank's
     share, like those of any other parameter: the strategy averages them. It is not a `torch.nn.SyncBatchNorm`, because
     DDP refuses modules that hold one on the CPU.
+
+    Attributes:
+        is_repeated: set while a block computes its forward pass again (`block.py`), on the same batch as the last one.
     """
+
+    is_repeated = False
 
     def __init__(self, num_features: int, dims: int, group: Group, *, eps: float, momentum: float) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
         self._dims = dims
         self._group = group
+        self._moments: tuple[float, Tensor, Tensor] | None = None
 
     def _check_input_dim(self, x: Tensor) -> None:
         assert x.dim() == self._dims + 2, f"batch norm over {self._dims} spatial dimensions got {tuple(x.shape)}"
@@ -77,12 +83,16 @@ class SynchronisedBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(x)
         self._check_input_dim(x)
+        if x.is_cuda and group_size(self._group) == 1:
+            return super().forward(x)
+        return self.synchronised(x)
+
+    def synchronised(self, x: Tensor) -> Tensor:
+        """The part of `forward` that talks to other ranks: a program of torch's compiler ends before it."""
         assert self.momentum is not None
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        if x.is_cuda and group_size(self._group) == 1:
-            return super().forward(x)
         self.num_batches_tracked.add_(1)
         if x.is_cuda:
             return _CudaSyncBatchNorm.apply(
@@ -96,7 +106,11 @@ class SynchronisedBatchNorm(_BatchNorm):
                 self._group,
                 group_size(self._group),
             )
-        count, mean, var = _global_moments(x.detach(), self.running_mean.dtype, self._group)
+        if not self.is_repeated:
+            self._moments = _global_moments(x.detach(), self.running_mean.dtype, self._group)
+        # Of a repeated pass they are those of the pass it repeats, and nothing is sent.
+        assert self._moments is not None
+        count, mean, var = self._moments
         assert count > 1, "batch norm needs more than one value per channel to train"
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaclass.backbones import Norm, Sizes, register, require_image_size
+from megaclass.backbones.block import Block
 
 _STEM_CHANNELS = 16
 _STAGE_CHANNELS = (32, 64, 128)
 
 
-class _Block(nn.Module):
+class _Block(Block):
     """Two 3x3 convolutions beside a shortcut that halves the side and changes the channels."""
 
     def __init__(self, num_in: int, num_out: int, norm: Norm) -> None:
@@ -37,7 +38,7 @@ class _Block(nn.Module):
         )
         self.shortcut = nn.Sequential(nn.Conv2d(num_in, num_out, 1, stride=2, bias=False), norm(num_out, 2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """[batch, num_in, side, side] to [batch, num_out, ceil(side / 2), ceil(side / 2)]."""
         return F.silu(self.body(x) + self.shortcut(x), inplace=True)
 

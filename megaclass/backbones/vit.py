@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, zeros
 
 from megaclass.backbones import Norm, Sizes, register
+from megaclass.backbones.block import Block
 
 _SHAPES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
 _MLP_RATIO = 4
@@ -26,7 +27,7 @@ def patch_size(image_size: int) -> int:
     return max(1, round(image_size / 14))
 
 
-class _Block(nn.Module):
+class _Block(Block):
     """Attention and a two-layer network, each after a layer norm and beside a shortcut."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -39,7 +40,7 @@ class _Block(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, _MLP_RATIO * width), nn.GELU(), nn.Linear(_MLP_RATIO * width, width)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """[batch, tokens, width] to the same shape."""
         batch, tokens, width = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, tokens, 3, self._heads, width // self._heads)

@@ -15,10 +15,17 @@ _MAY_CHANGE = {
     "run.log_every",
     "run.log_sample_ids",
     "run.hang_seconds",
+    "run.profile",
+    "run.profile_after",
     "dataset.workers",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.device",
+    "train.strategy",
+    "train.fsdp_reshard",
+    "train.channels_last",
+    "train.compile",
+    "train.activation_checkpointing",
 }
 _SECTIONS_MAY_CHANGE = {"observe", "evaluate", "dataset.remote"}
 _LENGTH = {"train.steps", "train.epochs"}
@@ -32,7 +39,7 @@ class Snapshot:
         step: steps taken.
         position: samples consumed by them, over all ranks; the reader goes on there.
         attempt: which start in its run directory wrote this, from 1.
-        replicated: tensors that are the same on every rank; rank 0 writes them.
+        replicated: tensors that are the same on every rank; rank 0 has and writes them, others need not have them.
         sharded: this rank's rows of tensors with one row per class, [rows of the shard, ...].
         num_classes: rows of the sharded tensors over all ranks.
         config: the resolved configuration, plain JSON (`Config.model_dump(mode="json")`).

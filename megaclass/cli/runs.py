@@ -1,4 +1,4 @@
-"""The commands that make runs and look at them: train, study, evaluate, embed, classes, report."""
+"""The commands that make runs and look at them: train, study, evaluate, embed, classes, report, profile."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def add_to(commands: Any) -> None:
     _add_embed(commands)
     _add_classes(commands)
     _add_report(commands)
+    _add_profile(commands)
 
 
 class _OptionHelp(argparse.Action):
@@ -179,4 +180,24 @@ def _report(known: argparse.Namespace) -> int:
         if not run.is_dir():
             raise ConfigError(f"run directory {run} does not exist; give the run.dir of a training run")
         print(write_report(run))
+    return 0
+
+
+def _add_profile(commands: Any) -> None:
+    made = command(commands, "profile", _profile, "print where the time of profiled steps went: train --run.profile N")
+    made.add_argument("run", type=Path, metavar="RUN", help="run directory; its traces in RUN/profile/ are read")
+    made.add_argument("--json", action="store_true", help="print profile/summary.json instead of tables")
+
+
+def _profile(known: argparse.Namespace) -> int:
+    from megaclass.observe.profile import read_timelines, tables, write_summary
+
+    timelines = read_timelines(known.run)
+    summary = write_summary(known.run, timelines)
+    if known.json:
+        print(json.dumps(summary, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(tables(timelines))
     return 0

@@ -14,12 +14,12 @@ from megaclass.config.models import (
     Evaluate,
     Observe,
     Optim,
-    Run,
     Schedule,
-    Train,
 )
 from megaclass.config.remote import Remote
+from megaclass.config.run import Run
 from megaclass.config.section import Section
+from megaclass.config.train import Train
 
 __all__ = [
     "Augment",

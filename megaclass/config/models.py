@@ -6,7 +6,6 @@ on them are checked by `train.build` before anything is loaded.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import yaml
@@ -14,8 +13,10 @@ from pydantic import Field, model_validator
 
 from megaclass.config.dataset import Dataset
 from megaclass.config.remote import DataLocation, remote_faults
+from megaclass.config.run import Run, profile_faults
 from megaclass.config.sampling import sampling_faults
 from megaclass.config.section import Section
+from megaclass.config.train import Train, backbone_faults, overlap_faults
 
 
 class Backbone(Section):
@@ -132,24 +133,6 @@ class Optim(Section):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the backbone, used to evaluate")
 
 
-class Train(Section):
-    """Length, batch and precision of the run."""
-
-    steps: int | None = Field(None, ge=1, description="optimizer steps; give this or epochs")
-    epochs: float | None = Field(None, gt=0, description="passes over the data; give this or steps")
-    global_batch_size: int = Field(256, ge=1, description="samples per step over all ranks and accumulation steps")
-    accumulation_steps: int = Field(1, ge=1, description="micro-batches per step")
-    seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
-    strategy: Literal["auto", "ddp"] = Field("auto", description="how the backbone is replicated")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    precision: Literal["float32", "bfloat16", "float64"] = Field(
-        "float32", description="bfloat16: autocast of the backbone; float64: for comparisons"
-    )
-    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints; the last step always has one")
-    keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints kept, beside the best one")
-    non_finite_limit: int = Field(10, ge=1, description="skipped steps in a row that end the run (exit code 5)")
-
-
 class Evaluate(Section):
     """Evaluation on classes never trained on, during and after training."""
 
@@ -175,17 +158,6 @@ class Observe(Section):
         description="first Prometheus port; rank r listens on port + local rank; 0 takes a free one",
     )
     metrics_host: str = Field("127.0.0.1", description="address the metrics are served on")
-
-
-class Run(Section):
-    """The run directory and what is written there."""
-
-    dir: Path = Field(Path("runs/default"), description="run directory; training again with it continues the run")
-    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl and the progress line")
-    log_sample_ids: bool = Field(False, description="write the ids of every batch to samples/")
-    hang_seconds: float = Field(
-        300.0, gt=0, description="a step or a collective that takes longer ends the run (exit 6)"
-    )
 
 
 class Config(Section):
@@ -235,7 +207,10 @@ class Config(Section):
             )
         if any(not 0 <= beta < 1 for beta in self.optim.betas):
             faults.append(f"optim.betas {self.optim.betas}: each must lie in [0, 1)")
+        faults += profile_faults(self.run, train.steps)
         faults += self.dataset.augment.channel_faults(self.dataset.channels) + self._row_faults()
+        faults += backbone_faults(train, self.optim)
+        faults += overlap_faults(train, self.backbone.batch_norm, self.classifier.row_memory)
         wanted = self.evaluate.best_metric.split(".")[0].replace("_", "-")
         if self.evaluate.every is not None and wanted not in self.evaluate.protocols:
             faults.append(

@@ -6,21 +6,26 @@ length the following norm makes free, and to nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from megaclass.config import Optim
 
 
-def parameter_groups(backbone: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """The trainable parameters in two groups: those that decay, then those that do not; empty groups are left out.
+def parameter_groups(backbone: nn.Module | Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
+    """The trainable parameters of a module, or of a table by their names, in two groups.
+
+    Those that decay come first, then those that do not; empty groups are left out.
 
     What decays is a `weight` of two or more dimensions: kernels of convolutions and matrices of linear layers. Norms,
     biases, PReLU slopes, and position and class tokens (however many dimensions they have) do not.
     """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
-    for name, parameter in backbone.named_parameters():
+    named = backbone.named_parameters() if isinstance(backbone, nn.Module) else backbone.items()
+    for name, parameter in named:
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and name.rsplit(".", 1)[-1] == "weight"
             (decayed if is_matrix else free).append(parameter)
@@ -31,7 +36,7 @@ def parameter_groups(backbone: nn.Module, weight_decay: float) -> list[dict[str,
     return [group for group in groups if group["params"]]
 
 
-def build(backbone: nn.Module, optim: Optim, lr: float) -> torch.optim.Optimizer:
+def build(backbone: nn.Module | Mapping[str, nn.Parameter], optim: Optim, lr: float) -> torch.optim.Optimizer:
     """The optimizer `optim.name` over `parameter_groups`, with learning rate `lr` in every group.
 
     The schedule writes `group["lr"]`. Both optimizers run fused: one pass over parameters and state.

@@ -1,7 +1,8 @@
-"""One gradient norm over the replicated backbone and the sharded class weights, and the factor that limits it.
+"""One gradient norm over the backbone and the sharded class weights, and the factor that limits it.
 
-Separate because the two kinds of gradient count differently: every rank holds the same backbone gradient, which counts
-once, but a different part of the class rows' gradient, which is summed over ranks.
+Separate because the two kinds of gradient count differently: a replicated gradient is the same on every rank and
+counts once; of a sharded one (the class rows', and the backbone's under some strategies) every rank holds a different
+part, and the parts are summed over ranks.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from megaclass.parallel.collectives import Group, sum_over_ranks
 PIECE = 1 << 20
 
 
-def joint_norm(replicated_gradients: Iterable[Tensor], row_values: Tensor | None, group: Group) -> Tensor:
+def joint_norm(replicated: Iterable[Tensor], sharded: Iterable[Tensor], group: Group) -> Tensor:
     """The 2-norm of all gradients together, a scalar that is the same on every rank.
 
     Args:
-        replicated_gradients: gradients of the backbone, the same on every rank (so after the strategy's reduction).
-        row_values: `RowGradient.values` of this rank's rows [n, dim]; None where this rank has none. Every rank must
-            call, also one without rows.
+        replicated: gradients that are the same on every rank (so after the strategy's reduction).
+        sharded: this rank's part of all others, such as `RowGradient.values` of its rows [n, dim]; none where it has
+            none. Every rank must call, also one without any.
         group: the ranks that hold the shards.
 
     Returns:
@@ -32,16 +33,16 @@ def joint_norm(replicated_gradients: Iterable[Tensor], row_values: Tensor | None
 
     Cost: one pass over the gradients and one all-reduce of one number.
     """
-    gradients = list(replicated_gradients)
-    everything = gradients if row_values is None else [*gradients, row_values]
+    replicated, sharded = list(replicated), list(sharded)
+    everything = [*replicated, *sharded]
     assert everything, "no gradient at all to take the norm of"
-    device = everything[0].device
+    # Parts of the backbone may be on the host; the group of a GPU's ranks carries nothing from there.
+    device = next((gradient.device for gradient in everything if gradient.is_cuda), everything[0].device)
     # Squares of float32 overflow from 2e19 on; on the CPU the wider sum costs nothing.
     wide = device.type == "cpu" or any(gradient.dtype == torch.float64 for gradient in everything)
     dtype = torch.float64 if wide else torch.float32
-    replicated = _squared_norm(gradients, dtype, device)
-    sharded = _squared_norm([] if row_values is None else [row_values], dtype, device)
-    return (replicated + sum_over_ranks(sharded, group)).sqrt()  # partial -> same on every rank
+    own = _squared_norm(sharded, dtype, device)
+    return (_squared_norm(replicated, dtype, device) + sum_over_ranks(own, group)).sqrt()  # partial -> same everywhere
 
 
 def clip_coefficient(norm: Tensor, max_norm: float | None) -> Tensor:
@@ -55,11 +56,13 @@ def clip_coefficient(norm: Tensor, max_norm: float | None) -> Tensor:
 
 
 def _squared_norm(gradients: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Sum of the squares of all entries, a scalar of `dtype`; 0 for no tensors."""
+    """Sum of the squares of all entries, a scalar of `dtype` on `device`; 0 for no tensors."""
+    total = torch.zeros((), dtype=dtype, device=device)
     filled = [gradient.detach() for gradient in gradients if gradient.numel()]
-    if not filled:
-        return torch.zeros((), dtype=dtype, device=device)
-    if device.type == "cpu":
-        # The norm of a float32 tensor in float64 makes a copy of it in that type: one piece at a time.
-        filled = [piece for gradient in filled for piece in gradient.reshape(-1).split(PIECE)]
-    return torch.stack(torch._foreach_norm(filled, 2, dtype=dtype)).square().sum()
+    for place in dict.fromkeys(gradient.device for gradient in filled):
+        here = [gradient for gradient in filled if gradient.device == place]
+        if place.type == "cpu":
+            # The norm of a float32 tensor in float64 makes a copy of it in that type: one piece at a time.
+            here = [piece for gradient in here for piece in gradient.reshape(-1).split(PIECE)]
+        total += torch.stack(torch._foreach_norm(here, 2, dtype=dtype)).square().sum().to(device)
+    return total

@@ -4,7 +4,7 @@ One function per pattern on the wire, each with the way its result is laid out (
 one, and its cost. The group is always an argument; None, or a group of one, means there is nobody to talk to, and the
 same code then runs without sending anything.
 
-The class layer computes its own gradients (`class_layer.py`), so its pair `all_gather_batch` and
+The class layer computes its own gradients (`class_layer.py`), so its pair `start_gather` and
 `reduce_scatter_batch`, each the adjoint of the other, are plain functions. `sum_over_shards` is used while torch
 differentiates a loss of which every rank holds its own copy: its backward is the identity. The stock differentiable
 all-reduce sums there again and makes every gradient too large by the number of ranks.
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megaclass.marks import part
 
 Group = dist.ProcessGroup | None
 
@@ -35,48 +37,53 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-def all_gather_batch(x: Tensor, group: Group) -> Tensor:
-    """All ranks' parts of a batch, one after another along dimension 0.
+class Pending:
+    """What a collective that is still on its way will give to this rank; `wait()` gives it."""
 
-    In -> out: different [batch, ...] of equal shape per rank -> [world size * batch, ...], same on every rank.
-    Gradient: none; its adjoint is `reduce_scatter_batch`. Cost: (W - 1) * numel(x) elements received.
-    """
-    if group_size(group) == 1:
-        return x
-    out = x.new_empty((group_size(group) * x.shape[0], *x.shape[1:]))
-    _all_gather_single(out, x.contiguous(), group=group)
-    return out
-
-
-class PendingPart:
-    """This rank's part of a collective that is still on its way; `wait()` gives it."""
-
-    def __init__(self, part: Tensor, work: dist.Work | None) -> None:
-        self._part = part
+    def __init__(self, result: Tensor, work: dist.Work | None) -> None:
+        self._result = result
         self._work = work
 
     def wait(self) -> Tensor:
-        """The part [batch, ...]; blocks until it has arrived (on CUDA: the current stream does)."""
+        """The result; blocks until it has arrived (on CUDA: the current stream does)."""
         if self._work is not None:
             self._work.wait()
-        return self._part
+        return self._result
 
 
-def reduce_scatter_batch(x: Tensor, group: Group) -> PendingPart:
+def start_gather(x: Tensor, group: Group) -> Pending:
+    """Start gathering all ranks' parts of a batch, one after another along dimension 0.
+
+    In -> out: different [batch, ...] of equal shape per rank -> [world size * batch, ...], same on every rank. Returned
+    at once, so that other work hides the transfer. Gradient: none; its adjoint is `reduce_scatter_batch`. Cost:
+    (W - 1) * numel(x) elements received.
+    """
+    if group_size(group) == 1:
+        return Pending(x, None)
+    out = x.new_empty((group_size(group) * x.shape[0], *x.shape[1:]))
+    return Pending(out, _all_gather_single(out, x.contiguous(), group=group, async_op=True))
+
+
+def all_gather_batch(x: Tensor, group: Group) -> Tensor:
+    """`start_gather`, and waits for it."""
+    return start_gather(x, group).wait()
+
+
+def reduce_scatter_batch(x: Tensor, group: Group) -> Pending:
     """Start summing partial [world size * batch, ...] tensors over ranks; each rank gets its own [batch, ...] part.
 
     In -> out: partial (sum over ranks) -> this rank's part of the sum. Returned at once, so that other work hides the
-    transfer. Gradient: none; the adjoint of `all_gather_batch`. Cost: (W - 1) / W * numel(x) elements sent.
+    transfer. Gradient: none; the adjoint of `start_gather`. Cost: (W - 1) / W * numel(x) elements sent.
     """
     if group_size(group) == 1:
-        return PendingPart(x, None)
+        return Pending(x, None)
     assert x.shape[0] % group_size(group) == 0, (x.shape, group_size(group))
-    part = x.new_empty((x.shape[0] // group_size(group), *x.shape[1:]))
-    work = _reduce_scatter_single(part, x.contiguous(), group=group, async_op=True)
-    return PendingPart(part, work)
+    mine = x.new_empty((x.shape[0] // group_size(group), *x.shape[1:]))
+    work = _reduce_scatter_single(mine, x.contiguous(), group=group, async_op=True)
+    return Pending(mine, work)
 
 
-def route_rows(x: Tensor, send: list[int], receive: list[int], group: Group) -> PendingPart:
+def route_rows(x: Tensor, send: list[int], receive: list[int], group: Group) -> Pending:
     """Start sending the first `send[0]` rows of `x` to rank 0, the next `send[1]` to rank 1, and so on.
 
     In -> out: different [sum of send, width] per rank -> different [sum of receive, width], in the order of the ranks
@@ -85,7 +92,7 @@ def route_rows(x: Tensor, send: list[int], receive: list[int], group: Group) -> 
     """
     out = x.new_empty((sum(receive), *x.shape[1:]))
     work = dist.all_to_all_single(out, x.contiguous(), receive, send, group=group, async_op=True)
-    return PendingPart(out, work)
+    return Pending(out, work)
 
 
 class _SumOverShards(torch.autograd.Function):
@@ -139,11 +146,13 @@ class _BatchMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, moments: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        return sum_over_ranks(moments, group)
+        with part("batch norm"):
+            return sum_over_ranks(moments, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return sum_over_ranks(grad, ctx.group), None
+        with part("batch norm"):
+            return sum_over_ranks(grad, ctx.group), None
 
 
 def batch_moments(moments: Tensor, group: Group) -> Tensor:
@@ -169,7 +178,7 @@ def gather_uneven(x: Tensor, group: Group) -> Tensor:
     padded = x.new_zeros((max(lengths), *x.shape[1:]))
     padded[: x.shape[0]] = x.detach()
     parts = all_gather_batch(padded, group).split(max(lengths)) if max(lengths) else [x.detach()] * len(lengths)
-    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+    return torch.cat([rows[:length] for rows, length in zip(parts, lengths, strict=True)])
 
 
 def broadcast_from_main(x: Tensor, group: Group) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megaclass.parallel.collectives import (
     Group,
-    PendingPart,
+    Pending,
     all_gather_batch,
     group_rank,
     group_size,
@@ -74,15 +74,15 @@ def exchange(sent: Tensor, owner: Tensor, batch_rows: Tensor | None, group: Grou
     GPU.
     """
     if batch_rows is None or len(batch_rows) + len(sent) >= len(owner):
-        return Gathered(sent, batch_rows, group, dtype)
+        return Gathered(all_gather_batch(sent, group).to(dtype), batch_rows, group)
     return Routed(sent, owner, batch_rows, group, dtype)
 
 
 class Gathered:
-    """Everything to everyone: one all-gather, and one reduce-scatter back."""
+    """Everything to everyone: `everything` [G, dim] has come by one all-gather or several; one reduce-scatter back."""
 
-    def __init__(self, sent: Tensor, batch_rows: Tensor | None, group: Group, dtype: torch.dtype) -> None:
-        self.own = all_gather_batch(sent, group).to(dtype)
+    def __init__(self, everything: Tensor, batch_rows: Tensor | None, group: Group) -> None:
+        self.own = everything
         self.inter = self.own if batch_rows is None else self.own[batch_rows]
         self._batch_rows = batch_rows
         self._group = group
@@ -156,8 +156,8 @@ class Routed:
 class _Returning:
     """Both gradients of this rank's embeddings on their way."""
 
-    own: PendingPart
-    inter: PendingPart
+    own: Pending
+    inter: Pending
     order: Tensor
     mine: Tensor
 

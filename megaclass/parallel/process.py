@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from megaclass.errors import ConfigError, PeerError
@@ -132,6 +133,15 @@ def world(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Worl
         _leave(store, rank, size)
         raise
     dist.destroy_process_group()
+
+
+def mesh_of(world: World) -> DeviceMesh:
+    """All ranks in one row, as torch's sharding of modules wants them; the group is the one we have, not a new one.
+
+    Only for a world of several ranks.
+    """
+    assert world.group is not None
+    return DeviceMesh.from_group(world.group, world.device.type)
 
 
 def group_of_one(device: torch.device) -> None:

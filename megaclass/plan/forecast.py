@@ -87,6 +87,7 @@ def forecast(config: Config, num_classes: int, world_size: int, device: Device) 
     done = work.count(config, preset, num_classes, max(world_size, 0))
     build.check_batch(config, world_size)
     build.check_row_memory(config, preset)
+    build.check_slices(config, preset)
     presets.check_negatives(preset, num_classes)
     presets.check_exponents(preset, num_classes, config.classifier.normalisation)
     network = backbone.trace(config, done.batch)
@@ -101,7 +102,7 @@ def forecast(config: Config, num_classes: int, world_size: int, device: Device) 
         peak_moment=moment,
         host_bytes=memory.host_bytes(config, done, device.name == "cpu"),
         flops={
-            "backbone": 3 * network.forward_flops * done.num_micro,
+            "backbone": step.backbone_flops(network, done),
             "head": step.head_flops(config, done),
         },
         collectives=exchanges,

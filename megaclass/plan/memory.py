@@ -64,17 +64,13 @@ def host_bytes(config: Config, work: Work, is_cpu: bool) -> int:
 def parts(config: Config, work: Work, backbone: BackboneWork, is_cpu: bool) -> dict[str, int]:
     """Bytes of every part, by name; they do not all exist at once (`peak`)."""
     wide = build.backbone_dtype(config).itemsize
-    dim, size, is_fused = work.dim, backbone.parameter_bytes, config.optim.row_update == "fused"
+    dim, is_fused = work.dim, config.optim.row_update == "fused"
     on_host = host_bytes(config, work, is_cpu)
     found = {
         "class rows": 0 if on_host else row_bytes(config, work.num_rows, dim),
         "row optimizer state": 0 if on_host else state_bytes(config, work.num_rows, dim),
         "rows visiting the device": _HOST_PARTS * visiting_bytes(config, work),
-        "backbone parameters": size,
-        # DistributedDataParallel sends gradients from buckets of its own.
-        "backbone gradients": size * (1 if work.world_size == 1 else 2),
-        "backbone optimizer state": size * (2 if config.optim.name == "adamw" else 1 if config.optim.momentum else 0),
-        "moving average": 0 if config.optim.ema_decay is None else size,
+        **_backbone_parts(config, work, backbone),
         "backbone activations": backbone.activation_bytes,
         "input": work.batch * config.dataset.channels * config.dataset.image_size**2 * wide,
         "gathered batch": _BATCH_MATRICES * work.num_gathered * dim * wide,
@@ -97,6 +93,23 @@ def parts(config: Config, work: Work, backbone: BackboneWork, is_cpu: bool) -> d
     retained = found["kept slopes"] + found["kept rows"] + found["chunk scratch"]
     found["freed blocks not given back"] = retained if is_cpu else 0
     return found
+
+
+def _backbone_parts(config: Config, work: Work, backbone: BackboneWork) -> dict[str, int]:
+    """Parameters, gradients, optimizer state and average: whole on every rank, or a part and what is gathered."""
+    size, train = backbone.parameter_bytes, config.train
+    is_cut = train.strategy == "fsdp" and work.world_size > 1
+    held = -(-size // work.world_size) if is_cut else size
+    gathered = (backbone.gathered_bytes if train.fsdp_reshard else size) if is_cut else 0
+    # Parts: gradients are summed whole before the last micro-batch. DistributedDataParallel has buckets of its own.
+    whole = size if train.accumulation_steps > 1 else backbone.gathered_bytes
+    travelling = whole if is_cut else size if work.world_size > 1 else 0
+    return {
+        "backbone parameters": held + gathered,
+        "backbone gradients": held + travelling,
+        "backbone optimizer state": held * (2 if config.optim.name == "adamw" else 1 if config.optim.momentum else 0),
+        "moving average": 0 if config.optim.ema_decay is None else size,
+    }
 
 
 def _kernel_parts(config: Config, work: Work, wide: int) -> dict[str, int]:

@@ -37,6 +37,11 @@ class Collective:
     count: int
 
 
+def backbone_flops(backbone: BackboneWork, work: Work) -> int:
+    """Of the backbone in a step: forward once, backward twice, and what backward computes again."""
+    return (3 * backbone.forward_flops + backbone.repeated_flops) * work.num_micro
+
+
 def head_flops(config: Config, work: Work) -> int:
     """Of the head in a step: two products forward, one backward, and one again where slopes are not kept."""
     is_kept = config.classifier.kernel == "reference" or keeps_slopes(work.inter_batch, work.num_candidates)
@@ -60,8 +65,20 @@ def collectives(config: Config, preset: Preset, work: Work, backbone: BackboneWo
         return []
     return [
         *_head_collectives(config, preset, work),
-        Collective("all-reduce", "backbone gradient", 2 * (ranks - 1) * backbone.parameter_bytes // ranks, 1),
+        *_backbone_collectives(config, work, backbone),
         Collective("all-reduce", "gradient norm", 2 * (ranks - 1) * 8 // ranks, 1),
+    ]
+
+
+def _backbone_collectives(config: Config, work: Work, backbone: BackboneWork) -> list[Collective]:
+    """Its gradient; of a backbone in parts also its parameters, for every forward pass and, dropped, every backward."""
+    once = (work.world_size - 1) * backbone.parameter_bytes // work.world_size
+    if config.train.strategy != "fsdp":
+        return [Collective("all-reduce", "backbone gradient", 2 * once, 1)]
+    passes = work.num_micro * (2 if config.train.fsdp_reshard else 1)
+    return [
+        Collective("all-gather", "backbone parameters", passes * once, passes),
+        Collective("reduce-scatter", "backbone gradient", once, 1),
     ]
 
 
@@ -77,8 +94,8 @@ def _head_collectives(config: Config, preset: Preset, work: Work) -> list[Collec
         + work.global_batch * (objective.needs_positive + bool(config.classifier.count_weight_power))
     )
 
-    def gathered(what: str, count: int, item: int, name: str = "all-gather") -> Collective:
-        return Collective(name, what, micro * others * count * item, micro)
+    def gathered(what: str, count: int, item: int, name: str = "all-gather", slices: int = 1) -> Collective:
+        return Collective(name, what, micro * others * count * item, micro * slices)
 
     def reduced(what: str, count: int) -> Collective:
         return Collective("all-reduce", what, micro * 2 * others * count * size // work.world_size, micro)
@@ -86,7 +103,8 @@ def _head_collectives(config: Config, preset: Preset, work: Work) -> list[Collec
     each, routed = work.batch * work.dim, work.batch * work.dim // work.world_size
     if work.is_routed:
         each = -(-work.inter_batch // work.world_size) * work.dim
-    found = [gathered("labels", work.batch, 8), gathered("embeddings", each, sent)]
+    slices = config.train.gather_slices
+    found = [gathered("labels", work.batch, 8), gathered("embeddings", each, sent, slices=slices)]
     if work.is_routed:
         found.append(gathered("embeddings to owners", routed, sent, "all-to-all"))
     if margin.needs_norm:
@@ -112,13 +130,13 @@ def seconds(
 
     Rows that visit the device from the host travel both ways at once and beside everything else.
     """
-    is_low = config.train.precision == "bfloat16"
+    is_low = config.train.precision in ("bfloat16", "float16")
     backbone_rate = (device.bf16_flops if is_low else device.fp32_flops) * (_BACKBONE_SHARE if is_low else 0.8)
     rate = device.bf16_flops if config.classifier.row_dtype == "bfloat16" else device.fp32_flops
     is_near = work.world_size <= device.ranks_per_node
     link, latency = (device.link_bandwidth, 1) if is_near else (device.network_bandwidth, 3)
     return {
-        "backbone": 3 * backbone.forward_flops * work.num_micro / backbone_rate,
+        "backbone": backbone_flops(backbone, work) / backbone_rate,
         "head compute": head_flops(config, work) / rate,
         "head memory": head_bytes(config, work) / device.bandwidth,
         "collectives": sum(

@@ -37,6 +37,7 @@ from megaclass.train.account import SampleAccount, SampleCounts
 from megaclass.train.failure import told_failure
 from megaclass.train.guard import FiniteGuard, StopSignal, check_progress
 from megaclass.train.outcome import PREEMPTED, agent_run
+from megaclass.train.recorder import Recorder
 from megaclass.train.watchdog import Watchdog, end_process
 
 _log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Attempt:
             self._prepare()
         is_complete = loop.fit(
             self.training,
-            loop.Hooks(self._should_stop, self._before_update, self._after_step, [self._between]),
+            loop.Hooks(self._should_stop, self._before_update, self._after_step, [self._record, self._between]),
         )
         self.progress.close()
         if not is_complete:
@@ -148,6 +149,8 @@ class Attempt:
         if w.is_main:
             (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             self._announce()
+        self.recorder = Recorder(config.run, w, self.step, self.training.num_steps)
+        self._open.append(self.recorder.close)
         self.progress = ProgressLine(self.training.num_steps, self.training.step, w.is_main)
         self._open.append(self.progress.close)
 
@@ -228,7 +231,11 @@ class Attempt:
             if not result.is_taken:
                 self.exporter.count_skipped_step()
         if not result.is_taken:
-            _log.warning("step %d: the gradient norm is %s; the step is skipped on all ranks", step, result.grad_norm)
+            scaler = training.scaler
+            scale = "" if scaler is None else f"; the scale of the loss is now {scaler.scale:g}"
+            _log.warning(
+                "step %d: the gradient norm is %s; the step is skipped on all ranks%s", step, result.grad_norm, scale
+            )
         self.finite.record(step, result.is_taken)
         self.progress.advance(step)
         if step % self.config.run.log_every == 0 or step == training.num_steps:
@@ -247,6 +254,11 @@ class Attempt:
             if self.world.device.type == "cuda":
                 self.exporter.observe_gpu_memory(torch.cuda.max_memory_allocated())
 
+    def _record(self) -> None:
+        """After a step: the timeline of the steps that `run.profile` asks for."""
+        with self.watchdog.pause("profile") if self.recorder.is_due(self.training.step) else nullcontext():
+            self.recorder.record(self.training.step)
+
     def _between(self) -> None:
         """After a step: close the books of an epoch, evaluate and save where they are due."""
         step, config = self.training.step, self.config
@@ -263,9 +275,10 @@ class Attempt:
     def _evaluate(self, evaluation: EvaluationSet) -> dict[str, Any]:
         """Judge the backbone (its moving average where there is one) over all ranks."""
         start = time.monotonic()
-        step, backbone = self.training.step, self.training.strategy.backbone
-        average = self.training.average
-        with self.watchdog.pause("evaluation"), nullcontext() if average is None else average.applied():
+        step, average = self.training.step, self.training.average
+        applied = nullcontext() if average is None else average.applied()
+        # The average first: what is made whole is then the averaged backbone.
+        with self.watchdog.pause("evaluation"), applied, self.training.strategy.whole() as backbone:
             if self.config.backbone.batch_norm == "local":
                 # Running statistics differ between ranks; the ones judged are those that are saved, rank 0's.
                 for buffer in backbone.buffers():

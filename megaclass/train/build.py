@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
 
 from megaclass import backbones, loss
+from megaclass.backbones.block import recompute_blocks
 from megaclass.classifier import ShardedClassifier
 from megaclass.config import Config
 from megaclass.data.batch import Reader
@@ -24,9 +26,13 @@ from megaclass.optim.rowwise import RowOptimizer
 from megaclass.optim.schedule import base_rates
 from megaclass.parallel.process import World
 from megaclass.parallel.shard import ClassShard
+from megaclass.row_stream import RowStream
 from megaclass.sampling.samplers import FEW_ROWS, Graph
+from megaclass.train import precision
+from megaclass.train.compiled import check_compiler, compile_backbone
 from megaclass.train.ddp import DDPStrategy
 from megaclass.train.loop import Training
+from megaclass.train.strategy import Strategy
 
 
 def check_batch(config: Config, world_size: int) -> None:
@@ -36,13 +42,14 @@ def check_batch(config: Config, world_size: int) -> None:
         ConfigError: with the nearest sizes that do.
     """
     train = config.train
-    unit = world_size * train.accumulation_steps
+    unit = world_size * train.accumulation_steps * train.gather_slices
     if train.global_batch_size % unit:
         below, above = train.global_batch_size // unit * unit, -(-train.global_batch_size // unit) * unit
         near = f"{above}" if not below else f"{below} or {above}"
+        slices = f" x {train.gather_slices} slices" if train.gather_slices > 1 else ""
         raise ConfigError(
             f"train.global_batch_size {train.global_batch_size} does not divide by {world_size} ranks x "
-            f"{train.accumulation_steps} accumulation steps = {unit}; use {near}"
+            f"{train.accumulation_steps} accumulation steps{slices} = {unit}; use {near}"
         )
     # Every backbone ends in a batch norm, which cannot be trained on one value.
     is_local = config.backbone.batch_norm == "local"
@@ -50,8 +57,8 @@ def check_batch(config: Config, world_size: int) -> None:
     if seen < 2:
         raise ConfigError(
             f"train.global_batch_size {train.global_batch_size} leaves batch norm ({config.backbone.batch_norm}) one "
-            f"sample at a time on {world_size} ranks with {train.accumulation_steps} accumulation steps; at least 2 "
-            "are needed"
+            f"sample at a time on {world_size} ranks with {train.accumulation_steps} accumulation steps and "
+            f"{train.gather_slices} slices; at least 2 are needed"
         )
 
 
@@ -62,10 +69,11 @@ def build(config: Config, world: World) -> Training:
         ConfigError, DataError: an option or the data set cannot be used.
     """
     check_batch(config, world.size)
+    precision.set_tf32(config.train, world.device)
+    if config.train.compile:
+        check_compiler(world.device)
     reader = build_reader(config, world)
-    backbone = build_backbone(config, world).to(dtype=backbone_dtype(config))
-    backbone_rate, _ = base_rates(config.optim, config.train.global_batch_size)
-    strategy = DDPStrategy(backbone, backbone_optimizer.build(backbone, config.optim, backbone_rate), world)
+    strategy = build_strategy(config, world, build_backbone(config, world).to(dtype=backbone_dtype(config)))
     classifier, graph = build_classifier(config, world, reader, strategy.grad_divisor)
     decay = config.optim.ema_decay
     num_steps = number_of_steps(config, reader)
@@ -85,9 +93,41 @@ def build(config: Config, world: World) -> Training:
         if classifier.bias is None
         else rowwise.build(config.optim.class_name, classifier.bias.detach().view(1, 1), config.optim),
         graph=graph,
-        average=None if decay is None else MovingAverage(backbone, decay),
+        average=None if decay is None else MovingAverage(strategy.backbone, decay),
+        scaler=precision.build_scaler(config.train),
         num_steps=num_steps,
     )
+
+
+def build_strategy(config: Config, world: World, backbone: nn.Module) -> Strategy:
+    """What `train.strategy` names around the backbone, with its optimizer; `auto` is DDP.
+
+    On one rank there is nothing to cut, and `fsdp` is the plain backbone too.
+    """
+    train = config.train
+    rate, _ = base_rates(config.optim, train.global_batch_size)
+    make_optimizer = partial(backbone_optimizer.build, optim=config.optim, lr=rate)
+    if train.channels_last:
+        backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if train.activation_checkpointing:
+        recompute_blocks(backbone)
+    if train.strategy == "fsdp" and world.size > 1:
+        from megaclass.train.fsdp import FSDPStrategy  # its imports take seconds
+
+        return FSDPStrategy(
+            backbone,
+            make_optimizer,
+            lambda: build_backbone(config, world).to(dtype=backbone_dtype(config)),
+            world,
+            reshard_after_forward=train.fsdp_reshard,
+        )
+    forward = backbone
+    if train.compile:
+        batch = train.global_batch_size // (world.size * train.accumulation_steps)
+        shape = (batch, config.dataset.channels, config.dataset.image_size, config.dataset.image_size)
+        images = precision.prepared(torch.zeros(shape, device=world.device), train)
+        forward = compile_backbone(backbone, images, precision.autocast(train, world.device))
+    return DDPStrategy(backbone, make_optimizer(backbone), world, forward)
 
 
 def build_reader(config: Config, world: World) -> Reader:
@@ -126,11 +166,17 @@ def build_classifier(
     """This rank's shard of the class weights with the loss of the preset, and the graph of the sampler `hard`."""
     preset = resolve_preset(config)
     check_row_memory(config, preset)
+    check_slices(config, preset)
     shard = ClassShard(reader.num_classes, world.rank, world.size)
     graph = build_graph(config, preset, shard, world)
     own_loss = build_loss(config, preset, reader.num_classes, graph)
     if config.classifier.kernel == "triton":
         check_fused(config, own_loss, world.device)
+    if config.train.row_stream and world.device.type != "cuda":
+        raise ConfigError(
+            f"train.row_stream is for CUDA, and this run is on {world.device}, whose cores the backbone has already; "
+            "leave it out"
+        )
     classifier = ShardedClassifier(
         config.backbone.dim,
         shard,
@@ -149,6 +195,8 @@ def build_classifier(
         device=world.device,
         on_host=config.classifier.row_memory == "host",
     )
+    if config.train.row_stream:
+        classifier.row_stream = RowStream(world.device)
     return classifier, graph
 
 
@@ -180,6 +228,19 @@ def check_row_memory(config: Config, preset: presets.Preset) -> None:
         raise ConfigError(
             f"classifier.row_memory host: the sampler {preset.sampler!r} {needs}; use one of "
             f"{', '.join(FEW_ROWS)} (presets d-softmax-k, partial-fc, ...), or row_memory device"
+        )
+
+
+def check_slices(config: Config, preset: presets.Preset) -> None:
+    """Refuse to gather in slices what is sent to some shards only, once the draw is known.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    if config.train.gather_slices > 1 and preset.sampler == "batch":
+        raise ConfigError(
+            f"train.gather_slices {config.train.gather_slices}: the sampler 'batch' (d-softmax-b) sends most "
+            "embeddings to the owners of their classes alone, after the draw; use gather_slices 1"
         )
 
 
@@ -279,7 +340,7 @@ def build_loss(config: Config, preset: presets.Preset, num_classes: int, graph: 
 
 def backbone_dtype(config: Config) -> torch.dtype:
     """The type the backbone's parameters are kept in."""
-    return torch.float64 if config.train.precision == "float64" else torch.float32
+    return precision.image_dtype(config.train)
 
 
 def row_dtype(config: Config) -> torch.dtype:

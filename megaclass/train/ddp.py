@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megaclass.parallel.process import World
+from megaclass.train.strategy import Gradients, load_module
 
 # torch 2.13 renamed the option and warns about the old name, which 2.11 still needs.
 _NEW_NAME = "forward_sync_buffers"
@@ -23,21 +25,27 @@ class DDPStrategy:
 
     Buffers are not broadcast at every step: synchronised batch norm keeps them equal, and local batch norm keeps its
     own on purpose.
+
+    Args:
+        backbone: on this rank's device.
+        optimizer: of its parameters.
+        world: the ranks.
+        forward: what computes the backbone's forward pass with its parameters; the backbone itself, or compiled.
     """
 
-    def __init__(self, backbone: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
+    def __init__(self, backbone: nn.Module, optimizer: torch.optim.Optimizer, world: World, forward: nn.Module) -> None:
         self.backbone = backbone
         self.optimizer = optimizer
         self.grad_divisor = world.size
         self._wrapped: DistributedDataParallel | None = None
         if world.size > 1:
             self._wrapped = DistributedDataParallel(
-                backbone,
+                forward,
                 device_ids=[world.device.index] if world.device.type == "cuda" else None,
                 process_group=world.group,
                 **_NO_BUFFER_TRAFFIC,
             )
-        self.model: nn.Module = backbone if self._wrapped is None else self._wrapped
+        self.model: nn.Module = forward if self._wrapped is None else self._wrapped
 
     def begin(self) -> None:
         """Remember the buffers; running statistics are a few numbers per channel."""
@@ -53,13 +61,13 @@ class DDPStrategy:
         """Plain autograd; DDP's hooks average over ranks."""
         loss.backward()
 
-    def gradients(self) -> list[Tensor]:
-        """Gradients of all parameters that have one."""
-        return [parameter.grad for parameter in self.backbone.parameters() if parameter.grad is not None]
+    def gradients(self) -> Gradients:
+        """Gradients of all parameters that have one; DDP has made them the same on every rank."""
+        return Gradients([one.grad for one in self.backbone.parameters() if one.grad is not None], [])
 
     def step(self, learning_rate: float, coefficient: Tensor) -> None:
         """Scale, step, clear."""
-        torch._foreach_mul_(self.gradients(), coefficient)
+        torch._foreach_mul_(self.gradients().replicated, coefficient)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -72,8 +80,16 @@ class DDPStrategy:
             for buffer, before in self._before:
                 buffer.copy_(before)
 
-    def state(self) -> dict[str, Tensor]:
-        """`PARAMETER/KEY` -> tensor, for every tensor of the optimizer's state."""
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        """The backbone itself."""
+        return nullcontext(self.backbone)
+
+    def backbone_state(self) -> dict[str, Tensor]:
+        """The live tensors."""
+        return dict(self.backbone.state_dict())
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The live tensors."""
         return {
             f"{name}/{key}": value
             for name, parameter in self.backbone.named_parameters()
@@ -81,11 +97,19 @@ class DDPStrategy:
             if isinstance(value, Tensor)
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_backbone(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy into the backbone."""
+        load_module(self.backbone, tensors)
+
+    def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors back beside the parameters they belong to."""
         parameters = dict(self.backbone.named_parameters())
-        for full_name, value in state.items():
+        for full_name, value in tensors.items():
             name, key = full_name.rsplit("/", 1)
             parameter = parameters[name]
-            # The step count too: torch's fused optimizers want it where the parameter is.
-            self.optimizer.state[parameter][key] = value.to(parameter.device)
+            # The step count too: torch's fused optimizers want it where the parameter is. They read a moment beside its
+            # parameter number by number, so it must be laid out as that is (channels last).
+            placed = value.to(parameter.device)
+            if placed.shape == parameter.shape:
+                placed = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(placed)
+            self.optimizer.state[parameter][key] = placed

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
@@ -22,6 +21,7 @@ from megaclass.data.batch import Batch, Reader
 from megaclass.errors import NumericError
 from megaclass.kernels.interface import RowBlock
 from megaclass.kernels.row_gradient import RowGradient
+from megaclass.marks import STEP, part
 from megaclass.neighbours import NeighbourGraph
 from megaclass.optim.clip import clip_coefficient, joint_norm
 from megaclass.optim.ema import MovingAverage
@@ -29,6 +29,7 @@ from megaclass.optim.hosted import HostedRowOptimizer
 from megaclass.optim.rowwise import RowOptimizer
 from megaclass.optim.schedule import base_rates, learning_rate_factor
 from megaclass.parallel.process import World
+from megaclass.train.precision import LossScaler, autocast, prepared, scaled
 from megaclass.train.strategy import Strategy
 
 
@@ -39,6 +40,7 @@ class Training:
     Attributes:
         bias_optimizer: of a loss's learned bias, the same on every rank; None for a loss without one.
         graph: the nearest-class graph of the sampler `hard`; None for any other.
+        scaler: of the loss, for `train.precision: float16`; None for any other.
         num_steps: steps of the whole run.
         step: steps taken, over all attempts.
         position: samples consumed, over all ranks.
@@ -53,6 +55,7 @@ class Training:
     bias_optimizer: RowOptimizer | None
     graph: NeighbourGraph | None
     average: MovingAverage | None
+    scaler: LossScaler | None
     num_steps: int
     step: int = 0
     position: int = 0
@@ -114,7 +117,8 @@ def fit(training: Training, hooks: Hooks) -> bool:
     while training.step < training.num_steps:
         if hooks.should_stop(training.step):
             return False
-        result = train_step(training, batches, hooks.before_update)
+        with part(STEP):
+            result = train_step(training, batches, hooks.before_update)
         training.step += 1
         training.position = result.batches[-1].position
         hooks.after_step(result)
@@ -150,20 +154,26 @@ def train_step(
     strategy.begin()
     for micro in range(num_micro):
         before = time.monotonic()
-        batch = next(batches)
+        with part("data wait"):
+            batch = next(batches)
         data_wait_seconds += time.monotonic() - before
         on_device = batch.to(training.world.device)
         with strategy.accumulate(is_last=micro == num_micro - 1):
-            with precision(training.config, training.world.device):
-                embeddings = strategy.model(on_device.images.to(_image_dtype(training.config)))
+            local = classifier.begin(on_device.labels)
+            for images in on_device.images.chunk(training.config.train.gather_slices):
+                with part("backbone forward"), autocast(training.config.train, training.world.device):
+                    embeddings = strategy.model(prepared(images, training.config.train))
+                local.add(embeddings)
             draw_id = training.step * num_micro + micro
-            output = classifier(embeddings, on_device.labels, draw_id=draw_id, values=values, monitor=monitor)
-            strategy.backward(output.loss / num_micro)
+            output = classifier.finish(local, draw_id=draw_id, values=values, monitor=monitor)
+            with part("backbone backward"):
+                strategy.backward(scaled(output.loss / num_micro, training.scaler))
         outputs.append(output)
         used.append(replace(batch, images=batch.images.new_empty(0)))
     before_update(used)
     is_loss_finite = training.config.optim.row_update == "deferred" or bool(torch.isfinite(outputs[0].loss))
-    norm, is_taken, rates = _update(training, values.learning_rate, is_loss_finite)
+    with part("update"):
+        norm, is_taken, rates = _update(training, values.learning_rate, is_loss_finite)
     return StepResult(
         output=_mean(outputs),
         grad_norm=norm,
@@ -194,17 +204,23 @@ def _update_in_backward(
 def _update(training: Training, rate_factor: float, is_loss_finite: bool) -> tuple[Tensor, bool, dict[str, float]]:
     """Clip jointly and step both optimizers, or neither where the norm is not finite.
 
-    The norm is the same number on every rank: backbone gradients are replicated, and the class rows' part is summed
-    over shards. So every rank takes the same decision without asking. Reading it waits for the device; that also keeps
-    the hosts of all ranks within one step of each other, which agreeing on a stop relies on.
+    The norm is the same number on every rank: what is replicated counts once, and the parts of the class rows and of a
+    sharded backbone are summed over ranks. So every rank takes the same decision without asking. Reading it waits for
+    the device; that also keeps the hosts of all ranks within one step of each other, which agreeing on a stop relies
+    on.
     """
     config, strategy, classifier = training.config, training.strategy, training.classifier
     gradient = classifier.take_row_gradient()
     is_fused = config.optim.row_update == "fused"
     assert (gradient is None) == is_fused
     bias_gradient = classifier.take_bias_gradient()
-    replicated = [*strategy.gradients(), *([] if bias_gradient is None else [bias_gradient])]
-    norm = joint_norm(replicated, None if gradient is None else gradient.values, training.world.group)
+    backbone = strategy.gradients()
+    with part("norm"):
+        norm = joint_norm(
+            [*backbone.replicated, *([] if bias_gradient is None else [bias_gradient])],
+            [*backbone.sharded, *([] if gradient is None else [gradient.values])],
+            training.world.group,
+        )
     rates = _rates(training, rate_factor)
     is_finite = bool(torch.isfinite(norm))
     if is_fused and is_loss_finite and not is_finite:
@@ -214,16 +230,21 @@ def _update(training: Training, rate_factor: float, is_loss_finite: bool) -> tup
             "optim.row_update deferred, or lower optim.lr"
         )
     classifier.keep_state(is_finite)
+    scale = 1.0 if training.scaler is None else training.scaler.scale
+    if training.scaler is not None:
+        training.scaler.record(is_finite)
+    norm = norm / scale
     if not is_finite:
         strategy.skip()
         return norm, False, rates
     limit = config.optim.clip_norm
-    coefficient = torch.ones_like(norm) if limit is None else clip_coefficient(norm, limit)
+    # One factor for all gradients, those of the class rows and the bias too: it clips, and takes the loss's scale out.
+    coefficient = clip_coefficient(norm, limit) / scale
     strategy.step(rates["backbone"], coefficient)
     if gradient is not None:
-        with classifier.timed():
+        with classifier.timed(), part("row update"):
             values = gradient.values
-            if limit is not None:
+            if limit is not None or scale != 1.0:
                 values.mul_(coefficient.to(values.dtype))
             training.row_optimizer.step(RowGradient(gradient.rows, values), rates["classes"], training.step)
     if training.bias_optimizer is not None and bias_gradient is not None:
@@ -232,17 +253,6 @@ def _update(training: Training, rate_factor: float, is_loss_finite: bool) -> tup
     if training.average is not None:
         training.average.update()
     return norm, True, rates
-
-
-def precision(config: Config, device: torch.device) -> AbstractContextManager[None]:
-    """The autocast context of the backbone's forward pass for `train.precision`."""
-    if config.train.precision == "bfloat16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
-def _image_dtype(config: Config) -> torch.dtype:
-    return torch.float64 if config.train.precision == "float64" else torch.float32
 
 
 def _mean(outputs: list[ClassifierOutput]) -> ClassifierOutput:

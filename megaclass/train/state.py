@@ -3,6 +3,7 @@
     backbone/NAME          parameters and buffers of the backbone            replicated
     optimizer/NAME/KEY     state of its optimizer                            replicated
     average/NAME           moving average of the backbone, if there is one   replicated
+    loss_scale/NAME        the scale of the loss of float16                  replicated
     loss/NAME              a learned bias, its optimizer's state, a running state   replicated
     class_weight           the class weights                                 one row per class
     class_optimizer/KEY    state of the row optimizer                        one row per class
@@ -26,11 +27,16 @@ from megaclass.train.loop import Training
 
 
 def take(training: Training, attempt: int, extra: dict[str, Any]) -> Snapshot:
-    """The state after the steps taken so far; the tensors are the live ones, not copies."""
-    replicated = _prefixed("backbone", dict(training.strategy.backbone.state_dict()))
-    replicated |= _prefixed("optimizer", training.strategy.state())
+    """The state after the steps taken so far; on all ranks together, and whole on rank 0.
+
+    The tensors are the live ones where they are whole, not copies.
+    """
+    replicated = _prefixed("backbone", training.strategy.backbone_state())
+    replicated |= _prefixed("optimizer", training.strategy.optimizer_state())
     if training.average is not None:
         replicated |= _prefixed("average", training.average.state_dict())
+    if training.scaler is not None:
+        replicated |= _prefixed("loss_scale", training.scaler.state())
     replicated |= _prefixed("loss", _loss_tensors(training))
     return Snapshot(
         step=training.step,
@@ -50,10 +56,12 @@ def restore(training: Training, snapshot: Snapshot) -> None:
     Raises:
         CheckpointError: a tensor is missing or has another shape; names it.
     """
-    load_module(training.strategy.backbone, _stripped("backbone", snapshot.replicated))
-    training.strategy.load_state(_stripped("optimizer", snapshot.replicated))
+    training.strategy.load_backbone(_stripped("backbone", snapshot.replicated))
+    training.strategy.load_optimizer(_stripped("optimizer", snapshot.replicated))
     if training.average is not None:
         training.average.load_state_dict(_stripped("average", snapshot.replicated))
+    if training.scaler is not None:
+        training.scaler.load_state(_stripped("loss_scale", snapshot.replicated))
     loss, own_loss = _stripped("loss", snapshot.replicated), _loss_tensors(training)
     if own_loss.keys() != loss.keys():
         different = ", ".join(f"loss/{name}" for name in sorted(own_loss.keys() ^ loss.keys()))
@@ -95,16 +103,6 @@ def _loss_tensors(training: Training) -> dict[str, Tensor]:
     if training.graph is not None:
         tensors["neighbours_count_from"] = torch.tensor(training.graph.counts_from)
     return tensors
-
-
-def load_module(module: Any, tensors: dict[str, Tensor]) -> None:
-    """Copy named tensors into a module's parameters and buffers; names must match exactly."""
-    own = dict(module.state_dict())
-    if own.keys() != tensors.keys():
-        different = ", ".join(sorted(own.keys() ^ tensors.keys())[:5])
-        raise CheckpointError(f"the checkpoint's backbone is not this run's: {different}; check the backbone options")
-    for name, tensor in own.items():
-        _copy(name, tensors[name], tensor)
 
 
 def backbone_tensors(snapshot: Snapshot) -> dict[str, Tensor]:

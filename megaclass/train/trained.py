@@ -21,6 +21,7 @@ from megaclass.evaluate.folder import embed_folder
 from megaclass.evaluate.split import evaluate_backbone, evaluate_baselines, open_evaluation, usual_protocols
 from megaclass.parallel.process import World, choose_device
 from megaclass.train import build, state
+from megaclass.train.strategy import load_module
 
 
 def load_backbone(run_dir: Path, path: Path | None, device: str) -> tuple[Config, nn.Module, World]:
@@ -44,7 +45,7 @@ def load_backbone(run_dir: Path, path: Path | None, device: str) -> tuple[Config
         ) from None
     world = World(0, 1, 0, choose_device(device, 0), None, None)
     backbone = build.build_backbone(config, world)
-    state.load_module(backbone, state.backbone_tensors(snapshot))
+    load_module(backbone, state.backbone_tensors(snapshot))
     return config, backbone.eval(), world
 
 

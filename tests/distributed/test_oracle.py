@@ -24,17 +24,25 @@ FIELDS = ("loss", "intra", "inter", "positive_cosine")
 MONITORS = tuple(field.name for field in fields(Monitors))
 
 
-def run_case(world: World, case: Case) -> dict[str, Any]:
-    """On one rank: forward and backward; gradients as they are after the wrapper's division by the number of ranks."""
+def run_case(world: World, case: Case, num_slices: int = 1) -> dict[str, Any]:
+    """On one rank: forward and backward; gradients as they are after the wrapper's division by the number of ranks.
+
+    With more slices than one the embeddings are sent slice by slice.
+    """
     embeddings, labels, _ = case.inputs(world.size)
     mine = slice(world.rank * case.batch_size, (world.rank + 1) * case.batch_size)
     shard = ClassShard(case.num_classes, world.rank, world.size)
     classifier = case.build(shard, world.group, grad_divisor=world.size, device=world.device)
     raw = embeddings[mine].to(world.device, copy=True).requires_grad_()
     with case.chunks():
-        output = classifier(
-            raw, labels[mine].to(world.device), draw_id=DRAW_ID, values=case.values(), monitor=case.monitor
-        )
+        given: dict[str, Any] = {"draw_id": DRAW_ID, "values": case.values(), "monitor": case.monitor}
+        if num_slices == 1:
+            output = classifier(raw, labels[mine].to(world.device), **given)
+        else:
+            batch = classifier.begin(labels[mine].to(world.device))
+            for part in raw.chunk(num_slices):
+                batch.add(part)
+            output = classifier.finish(batch, **given)
         (SHARE * output.loss).backward()
     gradient = classifier.take_row_gradient()
     assert gradient is not None

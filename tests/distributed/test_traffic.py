@@ -25,7 +25,7 @@ BATCH = 5
 GLOBAL = WORLD_SIZE * BATCH
 
 
-def _record(world: World, case: Case) -> list[tuple[str, int]]:
+def _record(world: World, case: Case, num_slices: int = 1) -> list[tuple[str, int]]:
     """Names and sizes (elements of the local tensor that is sent) of all collectives of one forward and backward."""
     sent: list[tuple[str, int]] = []
 
@@ -50,7 +50,10 @@ def _record(world: World, case: Case) -> list[tuple[str, int]]:
             *((dist, other, other, 0) for other in ("all_gather", "broadcast", "reduce")),
         ):
             stack.enter_context(mock.patch.object(where, function, watch(name, getattr(where, function), argument)))
-        classifier(raw, labels[mine], draw_id=0, values=case.values(), monitor=case.monitor).loss.backward()
+        batch = classifier.begin(labels[mine])
+        for part in raw.chunk(num_slices):
+            batch.add(part)
+        classifier.finish(batch, draw_id=0, values=case.values(), monitor=case.monitor).loss.backward()
     return sent
 
 

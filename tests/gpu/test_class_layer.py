@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from megaclass.parallel.process import World
 from tests.distributed.test_oracle import compare, run_case
 from tests.support.cases import Case, all_cases
 from tests.support.spawn import spawn
+from tests.support.training import fit, small_config, small_dataset
 
 pytestmark = [
     pytest.mark.gpu,
@@ -104,3 +106,28 @@ def test_rows_on_the_host_are_those_on_the_device(
         torch.use_deterministic_algorithms(False)
     assert there[0] == here[0]
     assert torch.equal(there[1], here[1])
+
+
+@pytest.mark.parametrize("update", ["deferred", "fused"])
+@pytest.mark.parametrize("preset", ["d-softmax", "d-softmax-k", "partial-fc"])
+def test_rows_on_a_stream_of_their_own_change_no_number(update: str, preset: str, tmp_path: Path) -> None:
+    """Twenty steps of the trainer with a backbone beside it, to the bit."""
+    data = small_dataset(tmp_path / "data")
+    optim = {"row_update": update, "ema_decay": None, "lr": 0.05, **({"clip_norm": None} if update == "fused" else {})}
+    rate = {} if preset == "d-softmax" else {"sampling_rate": 0.5}
+    torch.use_deterministic_algorithms(True)
+    try:
+        alone, beside = (
+            fit(
+                _alone(),
+                small_config(
+                    data, tmp_path, optim=optim, classifier={"preset": preset, "sampling_rate": None, **rate},
+                    train={"steps": 20, "row_stream": is_beside},
+                ),
+            )
+            for is_beside in (False, True)
+        )  # fmt: skip
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert beside["losses"] == alone["losses"]
+    assert torch.equal(beside["weight"], alone["weight"])

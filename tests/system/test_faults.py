@@ -33,7 +33,7 @@ def _poisoned_step(world: World, content: dict[str, Any]) -> dict[str, bool]:
 
     def everything() -> dict[str, torch.Tensor]:
         tensors = {f"backbone/{name}": value for name, value in training.strategy.backbone.state_dict().items()}
-        tensors |= {f"optimizer/{name}": value for name, value in training.strategy.state().items()}
+        tensors |= {f"optimizer/{name}": value for name, value in training.strategy.optimizer_state().items()}
         tensors |= {f"rows/{name}": value for name, value in training.row_optimizer.state.items()}
         assert training.average is not None
         tensors |= {f"average/{name}": value for name, value in training.average.state_dict().items()}

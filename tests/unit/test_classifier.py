@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from megaclass.classifier import ShardedClassifier, check_labels, initial_rows
+from megaclass.classifier import ShardedClassifier, initial_rows
 from megaclass.errors import DataError
+from megaclass.micro_batch import check_labels
 from megaclass.parallel.shard import ClassShard
 from megaclass.sampling import Draw
 from tests.support.cases import BIAS, STATE, Case

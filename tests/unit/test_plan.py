@@ -184,3 +184,35 @@ def test_the_host_is_asked_for_room_too(monkeypatch: pytest.MonkeyPatch) -> None
         check_fits(configured(**HOSTED), 100_000_000, 1, torch.device("cuda"))
     with pytest.raises(ConfigError, match=r"classifier.row_memory host"):
         check_fits(configured(**{**HOSTED, "classifier": SMALLEST["classifier"]}), 100_000_000, 1, torch.device("cuda"))
+
+
+def _backbone(**train: Any) -> dict[str, int]:
+    sections: dict[str, Any] = {"backbone": {"name": "iresnet50"}, "dataset": {"image_size": 112}}
+    return planned(10_000, 8, **sections, train={"global_batch_size": 1024, **train}).memory_bytes
+
+
+def test_recomputing_keeps_the_inputs_of_the_blocks_and_one_inside() -> None:
+    whole, recomputed = _backbone(), _backbone(activation_checkpointing=True)
+    assert recomputed["backbone activations"] < 0.5 * whole["backbone activations"]
+    assert _backbone(precision="float16")["backbone activations"] == whole["backbone activations"] // 2
+    plain, twice = (
+        planned(1000, 1, backbone={"name": "vit-tiny"}, train={"activation_checkpointing": one})
+        for one in (False, True)
+    )
+    # Nearly all of the network is in blocks: a fourth pass beside forward and twice backward.
+    assert 3.9 / 3 < twice.flops["backbone"] / plain.flops["backbone"] < 4 / 3
+
+
+def test_a_backbone_in_parts_is_held_once_over_all_ranks() -> None:
+    whole, parts = _backbone(), _backbone(strategy="fsdp")
+    assert parts["backbone optimizer state"] == -(-whole["backbone optimizer state"] // 8)
+    assert parts["backbone parameters"] < 0.6 * whole["backbone parameters"]
+    assert parts["backbone gradients"] < whole["backbone gradients"]
+    kept, summed = _backbone(strategy="fsdp", fsdp_reshard=False), _backbone(strategy="fsdp", accumulation_steps=2)
+    assert kept["backbone parameters"] > whole["backbone parameters"]
+    assert summed["backbone gradients"] > parts["backbone gradients"]
+    sent = {
+        one.what: one.sent_bytes
+        for one in planned(10_000, 8, backbone={"name": "iresnet50"}, train={"strategy": "fsdp"}).collectives
+    }
+    assert sent["backbone parameters"] == 2 * sent["backbone gradient"]
