@@ -25,7 +25,7 @@ STEPS = 20
 # Every rate of SGD shows a gradient that is too large; AdamW hides it, but has moments to keep.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"name": "sgd", "lr": 0.01, "weight_decay": 0.01},
-    "adamw": {"name": "adamw", "class_name": "adamw", "lr": 1e-4, "weight_decay": 0.1},
+    "adamw": {"name": "adamw", "class_name": "adamw", "lr": 1e-3, "weight_decay": 0.1},
 }
 
 
