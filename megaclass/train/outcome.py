@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def record_outcome(run_dir: Path | None, rank: int, code: int, reason: str, step
 
     `outcome.json` in the run directory tells of the run: of rank 0 when it ended well, otherwise of the cause. A fault
     of a rank's own stays when others report that they lost a peer (6), and replaces that. If the environment names a
-    folder in MEGACLASS_OUTCOME_DIR, `rank-<rank>.json` there tells of this rank.
+    folder in MEGACLASS_OUTCOME_DIR, `rank-<local rank>.json` there tells of this rank.
 
     Args:
         run_dir: None where this process does not own the run directory: the record there belongs to another run.
@@ -44,13 +45,29 @@ def record_outcome(run_dir: Path | None, rank: int, code: int, reason: str, step
     wanted = []
     if run_dir is not None and _tells_more(content, Path(run_dir) / OUTCOME):
         wanted.append(Path(run_dir) / OUTCOME)
-    if folder := os.environ.get("MEGACLASS_OUTCOME_DIR"):
-        wanted.append(Path(folder) / f"rank-{rank}.json")
+    if (own := _own_record()) is not None:
+        wanted.append(own)
     for path in wanted:
         try:
             replace_bytes(path, raw)
         except OSError as error:
             _log.warning("outcome of rank %d could not be written to %s: %s", rank, path, error.strerror)
+
+
+def forget_outcome() -> None:
+    """Remove what an earlier start in this rank's place has recorded for its launcher; called before anything else.
+
+    A start that dies without a record would otherwise end like the one before.
+    """
+    if (own := _own_record()) is not None:
+        with suppress(OSError):
+            own.unlink(missing_ok=True)
+
+
+def _own_record() -> Path | None:
+    # Named by the place within the node: a restarted node may get other ranks, and old records must not stay.
+    folder = os.environ.get("MEGACLASS_OUTCOME_DIR")
+    return Path(folder) / f"rank-{os.environ.get('LOCAL_RANK', '0')}.json" if folder else None
 
 
 def exit_code_for_process(code: int, under_agent: bool, is_permanent: bool = False) -> int:

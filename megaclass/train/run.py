@@ -15,7 +15,7 @@ from megaclass.parallel.process import World, environment_rank, world
 from megaclass.train.attempt import Attempt
 from megaclass.train.failure import explain, tell_peers
 from megaclass.train.guard import own_run_directory
-from megaclass.train.outcome import exit_code_for_process, is_under_agent, record_outcome
+from megaclass.train.outcome import exit_code_for_process, forget_outcome, is_under_agent, record_outcome
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ _COLLECTIVE_MARGIN_SECONDS = 60.0
 
 def train(config: Config) -> int:
     """Train as configured, continuing the run directory's newest checkpoint; returns the process's exit code."""
+    forget_outcome()
     owned: Path | None = None
     rank, step, is_permanent = environment_rank(), None, False
     try:
