@@ -6,7 +6,7 @@ set -euo pipefail
 command=("$@")
 outcomes=$(mktemp -d) agent='' received=''
 trap 'rm -rf "$outcomes"' EXIT
-pass_on() { received=$1; [[ -z $agent ]] || kill -s "$1" "$agent" 2>/dev/null || true; }
+pass_on() { received=$1; : >"$outcomes/told"; [[ -z $agent ]] || kill -s "$1" "$agent" 2>/dev/null || true; }
 for name in TERM INT HUP QUIT USR1; do trap "pass_on ""$name" "$name"; done
 # Should this script be killed, torchrun is told to stop.
 ! setpriv --pdeathsig TERM true 2>/dev/null || command=(setpriv --pdeathsig TERM "${command[@]}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,27 @@ def _own_record() -> Path | None:
     # Named by the place within the node: a restarted node may get other ranks, and old records must not stay.
     folder = os.environ.get("MEGACLASS_OUTCOME_DIR")
     return Path(folder) / f"rank-{os.environ.get('LOCAL_RANK', '0')}.json" if folder else None
+
+
+def launcher_was_told() -> bool:
+    """Whether this node's launcher has been told to stop, by a person or a scheduler; False without one."""
+    folder = os.environ.get("MEGACLASS_OUTCOME_DIR")
+    return folder is not None and (Path(folder) / "told").exists()
+
+
+def end_agent() -> None:
+    """Tell this node's agent to end, once: by the first of its ranks, and only an agent our launcher has started.
+
+    For a node that stops because another one's launcher was told. An agent whose ranks have ended well waits for those
+    of the other nodes, but one that was told has left without a word; torchrun gives up on it after five minutes.
+    """
+    folder, agent = os.environ.get("MEGACLASS_OUTCOME_DIR"), os.getppid()
+    if folder is None or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    with suppress(OSError):
+        # It may be gone, and its children be handed to a process that has nothing to do with this run.
+        if f"MEGACLASS_OUTCOME_DIR={folder}".encode() in Path(f"/proc/{agent}/environ").read_bytes().split(b"\0"):
+            os.kill(agent, signal.SIGTERM)
 
 
 def exit_code_for_process(code: int, under_agent: bool, is_permanent: bool = False) -> int:

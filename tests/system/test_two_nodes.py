@@ -19,7 +19,7 @@ from megaclass.observe.journal import read_metrics
 from tests.support.nodes import Node, Nodes, two_nodes, why_not
 from tests.support.training import sample_ids, small_config, small_dataset, train
 
-STEPS = 60
+STEPS = 40
 _reason = why_not()
 pytestmark = [
     pytest.mark.distributed,

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -84,3 +89,26 @@ def test_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_under_agent()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert is_under_agent()
+
+
+PARENT = """
+    import os, subprocess, sys
+    child = "from megaclass.train.outcome import end_agent; end_agent()"
+    environment = os.environ | {"LOCAL_RANK": sys.argv[1], "MEGACLASS_OUTCOME_DIR": sys.argv[2]}
+    subprocess.run([sys.executable, "-c", child], env=environment, check=True)
+    print("still there")
+"""
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "folder", "is_ended"), [("0", "mine", True), ("1", "mine", False), ("0", "other", False)]
+)
+def test_the_first_rank_of_a_node_ends_its_own_agent_and_no_other_parent(
+    local_rank: str, folder: str, is_ended: bool
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PARENT), local_rank, folder], capture_output=True, text=True,
+        env={**os.environ, "MEGACLASS_OUTCOME_DIR": "mine"},
+    )  # fmt: skip
+    assert done.returncode == (-signal.SIGTERM if is_ended else 0), done.stderr
+    assert done.stdout == ("" if is_ended else "still there\n")

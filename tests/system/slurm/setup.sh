@@ -86,9 +86,9 @@ start() {
 left() {
   local process words
   for process in /proc/[0-9]*; do
-    words=$(tr '\0' '\n' <"$process/environ" 2>/dev/null) || continue
+    { words=$(tr '\0' '\n' <"$process/environ"); } 2>/dev/null || continue
     if [[ $'\n'$words == *$'\nSLURM_JOB_ID='* && $words == *"SLURM_CONF=$folder/"* ]]; then echo "${process#/proc/}"; continue; fi
-    words=$(tr '\0' ' ' <"$process/cmdline" 2>/dev/null) || continue
+    { words=$(tr '\0' ' ' <"$process/cmdline"); } 2>/dev/null || continue
     case $words in
       slurmctld*"$folder/"* | slurmd*"$folder/"* | munged*"$folder/"*) echo "${process#/proc/}" ;;
     esac
