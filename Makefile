@@ -10,7 +10,7 @@ RANKS ?= 2
 export DS_BUILD_OPS := 0
 
 .PHONY: help setup demo omniglot hanglyph test test-full lint types wheel clean \
-	data-omniglot data-hanglyph data-hanglyph-all data-cjk study study-large study-head bench bench-data gpu
+	data-omniglot data-hanglyph data-hanglyph-all data-cjk study study-large study-head bench bench-data gpu test-nodes test-slurm
 help:
 	@grep -E '^#   ' Makefile | sed 's/^#//'
 
@@ -134,6 +134,15 @@ test: $(VENV)/everything
 #                  samples at every world size; five thousand damaged data sets
 test-full: $(VENV)/everything
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m full
+
+#   make test-nodes  as root: two nodes in network namespaces, lost, signalled and with wrong interfaces (about 5 minutes)
+test-nodes: $(VENV)/everything
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m nodes -rP tests/system/test_two_nodes.py
+
+#   make test-slurm  as root on Debian: installs Slurm, starts one of two nodes in a folder, trains, preempts, loses a node
+test-slurm: $(VENV)/everything
+	tests/system/slurm/setup.sh install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm -rP tests/system/slurm
 
 #   make lint      formatter, linter, docstrings
 lint: $(VENV)/everything

@@ -1,26 +1,46 @@
 #!/usr/bin/env bash
 # torchrun with the settings this trainer relies on. Same arguments, one call per node:
 #   launch/torchrun.sh --nproc-per-node 2 -m megaclass train configs/demo.yaml
-# With --dry-run as its first argument it prints the resolved command and stops.
-# Exit code: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 numbers, 6 a rank was lost, 75 preempted and saved.
+#   MASTER_ADDR=node1 launch/torchrun.sh --nnodes 2 --nproc-per-node 8 -m megaclass train configs/demo.yaml
+# --nnodes 1:4 goes on with the nodes there are. MASTER_ADDR and MASTER_PORT stand for --rdzv-endpoint. The interface is
+# the one towards that node, or GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME. With --dry-run first: prints the command.
+# Exit codes: see supervise.sh.
 set -euo pipefail
 say() { echo "launch/torchrun.sh: $*" >&2; }
 dry_run=false
 if [[ ${1-} == --dry-run ]]; then dry_run=true; shift; fi
-torchrun=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin/torchrun
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+torchrun=${here%/*}/.venv/bin/torchrun
 [[ -x $torchrun ]] || torchrun=$(command -v torchrun) || { say "torchrun is not installed; run make setup"; exit 2; }
-# Restarts are unlimited here: the trainer itself ends a run that makes no progress.
-options=(--max-restarts 1000 --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --standalone)
-processes=1 previous=''
-for argument in "$@"; do # only torchrun's own options, which end at the program
-  [[ $previous != --nproc[-_]per[-_]node ]] || processes=$argument
-  case $argument in
-    -m | --module | --no[-_]python | --run[-_]path | -- | *.py) break ;;
-    --nnodes* | --rdzv* | --master* | --standalone) options=("${options[@]:0:4}") ;;
-    --nproc[-_]per[-_]node=*) processes=${argument#*=} ;;
+processes=1 nodes=1 alone=true first='' given=("$@")
+for ((i = 0; i < $#; i++)); do # only torchrun's own options, which end at the program
+  name=${given[i]%%=*} at=$i
+  [[ ${given[i]} == *=* ]] || at=$((i + 1))
+  value=${given[at]-}
+  case ${name//_/-} in
+    -m | --module | --no-python | --run-path | -- | *.py) break ;;
+    --nproc-per-node) processes=${value#--*=} ;;
+    --nnodes) nodes=${value#--*=} ;;
+    --rdzv-endpoint | --master-addr) first=${value#--*=} endpoint=$at alone=false kind=${name//_/-} ;;
+    --rdzv-* | --master-*) alone=false ;;
   esac
-  previous=$argument
 done
+# Restarts are unlimited here: the trainer itself ends a run that makes no progress.
+options=(--max-restarts 1000 --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+if [[ -z $first && $nodes != 1 && $nodes != 1:1 ]]; then
+  [[ -n ${MASTER_ADDR-} ]] || { say "--nnodes $nodes needs the first node: set MASTER_ADDR, or give --rdzv-endpoint"; exit 2; }
+  first=$MASTER_ADDR:${MASTER_PORT:-29500} endpoint=1 kind=--rdzv-endpoint given=(--rdzv-endpoint "$first" "$@")
+fi
+if [[ -n $first ]]; then
+  python=${torchrun%/*}/python; [[ -x $python ]] || python=python3
+  network=$("$python" -m megaclass.parallel.interface "$first") || exit 2
+  read -r interface address place <<<"$network"
+  options+=(--rdzv-backend c10d --local-addr "$address")
+  # torchrun hosts the meeting point only under a name it knows as this machine's own; this one it always does.
+  [[ $kind$place != --rdzv-endpointhere ]] || given[endpoint]=${given[endpoint]/"${first%:*}"/localhost}
+  export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface} # "=": this name, not all that begin with it
+elif $alone; then interface=lo options+=(--standalone --local-addr localhost); fi
+[[ -z ${interface-} ]] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 cores=$(nproc) gpus=$(nvidia-smi -L 2>/dev/null | wc -l) || gpus=0
 case $processes in
   auto | gpu) processes=$((gpus > 0 ? gpus : cores)) ;;
@@ -29,31 +49,10 @@ esac
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a shared store hands restarted ranks the addresses of dead ones
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240} # seconds to save in, once signalled
-command=("$torchrun" "${options[@]}" "$@")
-if $dry_run; then echo "OMP_NUM_THREADS=$OMP_NUM_THREADS TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 ${command[*]@Q}"; exit; fi
-
-outcomes=$(mktemp -d) agent='' received=''
-trap 'rm -rf "$outcomes"' EXIT
-pass_on() { received=$1; [[ -z $agent ]] || kill -s "$1" "$agent" 2>/dev/null || true; }
-for name in TERM INT HUP QUIT USR1; do trap "pass_on ""$name" "$name"; done
-# Should this script be killed, torchrun is told to stop.
-! setpriv --pdeathsig TERM true 2>/dev/null || command=(setpriv --pdeathsig TERM "${command[@]}")
-set -m # torchrun gets a process group of its own, so that Ctrl-C arrives once, through this script
-MEGACLASS_OUTCOME_DIR=$outcomes "${command[@]}" & agent=$!
-[[ -z $received ]] || pass_on "$received" # a signal that came while it was being started
-while wait "$agent" && code=0 || code=$?; kill -0 "$agent" 2>/dev/null; do :; done
-# Where torchrun was killed its ranks are still there: known by what only they were given, told, and 8 s later killed.
-for ((tenths = 0; tenths < 100; tenths++)); do
-  mapfile -t left < <(grep -lsF "MEGACLASS_OUTCOME_DIR=$outcomes" /proc/[0-9]*/environ | cut -d/ -f3)
-  ((${#left[@]})) || break
-  case $tenths in 0) kill -s TERM "${left[@]}" || true ;; 80) kill -s KILL "${left[@]}" || true ;; esac
-  sleep 0.1
-done
-verdict='' # a permanent failure goes before a preemption, the lowest rank first
-while read -r file; do
-  recorded=$(sed -n 's/.*"code"[[:space:]]*:[[:space:]]*\([0-9]\{1,3\}\).*/\1/p' "$file")
-  case $recorded in [2-5]) verdict=$recorded; break ;; 6 | 75) verdict=$recorded ;; esac
-done < <(find "$outcomes" -name 'rank-*.json' | sort -V)
-[[ -n $verdict ]] || case $code in 0 | 2) verdict=$code ;; *) verdict=6 ;; esac # 2: torchrun's own options
-((verdict == 0)) || say "exit code $verdict"
-exit "$verdict"
+command=("$torchrun" "${options[@]}" "${given[@]}")
+if $dry_run; then
+  env | grep -E '^(OMP_NUM_THREADS|TORCH_DISABLE_SHARE_RDZV_TCP_STORE|(GLOO|NCCL)_SOCKET_IFNAME)=' | sort | tr '\n' ' '
+  echo "${command[*]@Q}"; exit
+fi
+[[ -z $first ]] || say "interface $GLOO_SOCKET_IFNAME, address $address; the first node, $first, is $place"
+exec "$here/supervise.sh" "${command[@]}"

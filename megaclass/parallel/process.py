@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from megaclass.errors import ConfigError, PeerError
+from megaclass.parallel.interface import check_interfaces
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def world(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Worl
     that leaves by an exception does not wait for peers that may never come.
 
     Raises:
-        ConfigError: a rank cannot have its device; on every rank.
+        ConfigError: a rank cannot have its device, or has no interface of the name wanted; on every rank.
         PeerError: not all ranks came within the time.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -123,7 +124,8 @@ def world(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Worl
     except RuntimeError as error:
         raise PeerError(
             f"rank {rank} could not meet the other {size - 1} ranks within {timeout_seconds:.0f} s "
-            f"({str(error).splitlines()[0][:200]}); see whether all were started, and MASTER_ADDR and MASTER_PORT"
+            f"({str(error).splitlines()[0][:200]}); see whether all were started, MASTER_ADDR and MASTER_PORT, and "
+            "whether the interface in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME leads to the others"
         ) from error
     try:
         yield World(rank, size, local_rank, chosen, dist.group.WORLD, c10d.PrefixStore("megaclass", store))
@@ -163,10 +165,11 @@ def _take_device(name: str, local_rank: int) -> torch.device:
 
 
 def _agree_on_devices(store: c10d.Store, name: str, rank: int, size: int, local_rank: int) -> torch.device:
-    """This rank's device; if any rank cannot have its own, all raise, as a group without it would wait for ever."""
+    """This rank's device; if any rank has none, or no interface, all raise: a group without it would wait for ever."""
     fault = ""
     try:
         chosen = _take_device(name, local_rank)
+        check_interfaces()
     except ConfigError as error:
         fault = str(error)
     store.set(f"device/{rank}", fault)

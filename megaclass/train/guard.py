@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaclass.errors import ConfigError, NoProgressError, NumericError
 from megaclass.parallel.agreement import Agreement
-from megaclass.train.outcome import OUTCOME, is_under_agent
+from megaclass.train.outcome import OUTCOME, is_under_agent, launcher_was_told
 
 if TYPE_CHECKING:
     from megaclass.parallel.process import World
@@ -140,12 +140,21 @@ class StopSignal:
         self._key = Agreement(world, "stop").key("at")
         self._received: int | None = None
         self._last_end_seconds: float | None = None
+        self._is_by_another_launcher = False
         self._previous: dict[int, Any] = {}
 
     @property
     def name(self) -> str | None:
         """Name of the first signal this rank received, None before."""
         return None if self._received is None else signal.Signals(self._received).name
+
+    @property
+    def is_by_another_launcher(self) -> bool:
+        """Whether all ranks stop because a launcher was told to, and this node's was not; known once they have agreed.
+
+        Not where an agent stops its ranks by itself, as it does to let another node join.
+        """
+        return self._is_by_another_launcher
 
     def __enter__(self) -> StopSignal:
         for number in STOP_SIGNALS:
@@ -174,8 +183,12 @@ class StopSignal:
         if store is None:
             return self._received is not None
         if self._received is not None:
-            store.compare_set(self._key, "", str(step + 2))
-        return store.check([self._key]) and step >= int(store.get(self._key))
+            store.compare_set(self._key, "", f"{step + 2} {'launcher' if launcher_was_told() else 'agent'}")
+        if not store.check([self._key]):
+            return False
+        at, _, who = store.get(self._key).decode().partition(" ")
+        self._is_by_another_launcher = who == "launcher" and not launcher_was_told()
+        return step >= int(at)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

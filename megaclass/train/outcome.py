@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ def record_outcome(run_dir: Path | None, rank: int, code: int, reason: str, step
 
     `outcome.json` in the run directory tells of the run: of rank 0 when it ended well, otherwise of the cause. A fault
     of a rank's own stays when others report that they lost a peer (6), and replaces that. If the environment names a
-    folder in MEGACLASS_OUTCOME_DIR, `rank-<rank>.json` there tells of this rank.
+    folder in MEGACLASS_OUTCOME_DIR, `rank-<local rank>.json` there tells of this rank.
 
     Args:
         run_dir: None where this process does not own the run directory: the record there belongs to another run.
@@ -44,13 +46,50 @@ def record_outcome(run_dir: Path | None, rank: int, code: int, reason: str, step
     wanted = []
     if run_dir is not None and _tells_more(content, Path(run_dir) / OUTCOME):
         wanted.append(Path(run_dir) / OUTCOME)
-    if folder := os.environ.get("MEGACLASS_OUTCOME_DIR"):
-        wanted.append(Path(folder) / f"rank-{rank}.json")
+    if (own := _own_record()) is not None:
+        wanted.append(own)
     for path in wanted:
         try:
             replace_bytes(path, raw)
         except OSError as error:
             _log.warning("outcome of rank %d could not be written to %s: %s", rank, path, error.strerror)
+
+
+def forget_outcome() -> None:
+    """Remove what an earlier start in this rank's place has recorded for its launcher; called before anything else.
+
+    A start that dies without a record would otherwise end like the one before.
+    """
+    if (own := _own_record()) is not None:
+        with suppress(OSError):
+            own.unlink(missing_ok=True)
+
+
+def _own_record() -> Path | None:
+    # Named by the place within the node: a restarted node may get other ranks, and old records must not stay.
+    folder = os.environ.get("MEGACLASS_OUTCOME_DIR")
+    return Path(folder) / f"rank-{os.environ.get('LOCAL_RANK', '0')}.json" if folder else None
+
+
+def launcher_was_told() -> bool:
+    """Whether this node's launcher has been told to stop, by a person or a scheduler; False without one."""
+    folder = os.environ.get("MEGACLASS_OUTCOME_DIR")
+    return folder is not None and (Path(folder) / "told").exists()
+
+
+def end_agent() -> None:
+    """Tell this node's agent to end, once: by the first of its ranks, and only an agent our launcher has started.
+
+    For a node that stops because another one's launcher was told. An agent whose ranks have ended well waits for those
+    of the other nodes, but one that was told has left without a word; torchrun gives up on it after five minutes.
+    """
+    folder, agent = os.environ.get("MEGACLASS_OUTCOME_DIR"), os.getppid()
+    if folder is None or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    with suppress(OSError):
+        # It may be gone, and its children be handed to a process that has nothing to do with this run.
+        if f"MEGACLASS_OUTCOME_DIR={folder}".encode() in Path(f"/proc/{agent}/environ").read_bytes().split(b"\0"):
+            os.kill(agent, signal.SIGTERM)
 
 
 def exit_code_for_process(code: int, under_agent: bool, is_permanent: bool = False) -> int:

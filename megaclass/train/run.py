@@ -15,7 +15,14 @@ from megaclass.parallel.process import World, environment_rank, world
 from megaclass.train.attempt import Attempt
 from megaclass.train.failure import explain, tell_peers
 from megaclass.train.guard import own_run_directory
-from megaclass.train.outcome import exit_code_for_process, is_under_agent, record_outcome
+from megaclass.train.outcome import (
+    PREEMPTED,
+    end_agent,
+    exit_code_for_process,
+    forget_outcome,
+    is_under_agent,
+    record_outcome,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -25,8 +32,9 @@ _COLLECTIVE_MARGIN_SECONDS = 60.0
 
 def train(config: Config) -> int:
     """Train as configured, continuing the run directory's newest checkpoint; returns the process's exit code."""
+    forget_outcome()
     owned: Path | None = None
-    rank, step, is_permanent = environment_rank(), None, False
+    rank, step, is_permanent, is_agent_left = environment_rank(), None, False, False
     try:
         with world(config.train.device, config.run.hang_seconds + _COLLECTIVE_MARGIN_SECONDS) as w:
             try:
@@ -40,7 +48,7 @@ def train(config: Config) -> int:
                         attempt.write_failure(failure)
                         raise failure from error
                     finally:
-                        step = attempt.step
+                        step, is_agent_left = attempt.step, attempt.stop.is_by_another_launcher
                         attempt.close()
             except UserError as error:
                 if tell_peers(w, error):
@@ -56,6 +64,8 @@ def train(config: Config) -> int:
         record_outcome(owned, rank, 1, repr(error), step)
         raise
     record_outcome(owned, rank, code, reason, step)
+    if code == PREEMPTED and is_agent_left:
+        end_agent()
     return exit_code_for_process(code, is_under_agent(), is_permanent)
 
 

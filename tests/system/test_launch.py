@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,8 @@ leave(0)
 
 
 def environment(**more: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    set_here = ("OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    kept = {key: value for key, value in os.environ.items() if key not in set_here}
     return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | more
 
 
@@ -107,12 +109,12 @@ def ranks_of(folder: Path) -> list[int]:
     return [int(path.read_text()) for path in paths]
 
 
-@pytest.mark.parametrize("name", ["torchrun.sh", "docker.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("name", ["torchrun.sh", "supervise.sh", "docker.sh", "slurm.sbatch"])
 def test_scripts_are_short_strict_and_parse(name: str) -> None:
     script = LAUNCH / name
     assert bash("-n", script).returncode == 0
     text = script.read_text()
-    assert len(text.splitlines()) <= 60
+    assert len(text.splitlines()) < 60
     assert "\nset -euo pipefail\n" in text
     assert os.access(script, os.X_OK) == name.endswith(".sh")
 
@@ -139,7 +141,8 @@ def test_scripts_are_short_strict_and_parse(name: str) -> None:
 )
 def test_the_exit_code(tmp_path: Path, recorded: str, torchrun_code: int, expected: int) -> None:
     (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "torchrun.sh").write_text(TORCHRUN.read_text())
+    for name in ("torchrun.sh", "supervise.sh"):
+        shutil.copy(LAUNCH / name, tmp_path / "launch")
     fake = tmp_path / "torchrun"
     fake.write_text(
         "#!/bin/bash\nfor record in $RECORDED; do\n"
@@ -157,34 +160,90 @@ def test_the_exit_code(tmp_path: Path, recorded: str, torchrun_code: int, expect
     assert not list(temporary.iterdir())
 
 
+FIXED = ["--max-restarts", "1000", "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+
+
+def resolved(*arguments: str, **more: str) -> tuple[dict[str, str], list[str]]:
+    """What a dry run shows: the environment that is set, and the arguments torchrun gets."""
+    done = bash(TORCHRUN, "--dry-run", *arguments, **more)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    place = next(i for i, word in enumerate(words) if word.endswith("/torchrun"))
+    return dict(word.split("=", 1) for word in words[:place]), words[place + 1 :]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "is_standalone"),
+    "arguments",
+    ["-m megaclass train --dry-run --master.x 3", "x.py --nnodes 2", "--nnodes 1 x.py", "--nnodes=1:1 x_1.py"],
+)
+def test_one_node_needs_no_network(arguments: str) -> None:
+    environment, given = resolved(*shlex.split(arguments), MASTER_ADDR="nowhere.invalid")
+    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "NCCL_SOCKET_IFNAME" not in environment
+    assert given == [*FIXED, "--standalone", "--local-addr", "localhost", *shlex.split(arguments)]
+
+
+# Another address of loopback stands for another machine: torchrun would not take it for its own.
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
     [
-        ("-m megaclass train --dry-run --master.x 3", True),
-        ("x.py --nnodes 2", True),
-        ("--nnodes 2 x.py", False),
-        ("--nnodes=2 x.py", False),
-        ("--rdzv-endpoint here:1 x.py", False),
-        ("--rdzv_endpoint here:1 x.py", False),
-        ("--master-port 1 x.py", False),
+        ("--rdzv-endpoint 127.0.0.3:1 --nnodes 2 x.py --rdzv-id q", "--rdzv-endpoint localhost:1"),
+        ("--rdzv_endpoint=127.0.0.3:1 --nnodes=1:4 x.py", "--rdzv_endpoint=localhost:1"),
+        ("--nnodes 2 --rdzv-endpoint 127.0.0.3 x.py", "--rdzv-endpoint localhost"),
+        ("--master-addr 127.0.0.3 --master-port 1 x.py", "--master-addr 127.0.0.3"),
     ],
 )
-def test_the_resolved_command(arguments: str, is_standalone: bool) -> None:
-    done = bash(TORCHRUN, "--dry-run", *shlex.split(arguments))
-    assert done.returncode == 0
-    words = shlex.split(done.stdout)
-    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in words
-    given = words[next(i for i, word in enumerate(words) if word.endswith("/torchrun")) + 1 :]
-    fixed = ["--max-restarts", "1000", "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-    assert given == fixed + ["--standalone"] * is_standalone + shlex.split(arguments)
+def test_many_nodes(arguments: str, kept: str) -> None:
+    environment, given = resolved(*shlex.split(arguments))
+    assert (environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
+    before = [*FIXED, "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1"]
+    assert given[: len(before)] == before
+    assert kept in " ".join(given[len(before) :])
+    assert given[-1] == shlex.split(arguments)[-1]
+
+
+def test_the_first_node_from_the_environment() -> None:
+    _, given = resolved("--nnodes", "1:4", "x.py", MASTER_ADDR="127.0.0.1", MASTER_PORT="7")
+    assert given[-5:] == ["--rdzv-endpoint", "localhost:7", "--nnodes", "1:4", "x.py"]
+    _, given = resolved("--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:3", "x.py", MASTER_ADDR="nowhere.invalid")
+    assert given[-5:] == ["--nnodes", "2", "--rdzv-endpoint", "localhost:3", "x.py"]
+
+
+def test_the_interface_is_what_the_user_says() -> None:
+    own = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "ib0,ib1"}
+    environment, _ = resolved("--nnodes", "2", "--rdzv-endpoint", "127.0.0.3:1", "x.py", **own)
+    assert {name: environment[name] for name in own} == own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more", "message"),
+    [
+        ("--nnodes 2", {}, "--nnodes 2 needs the first node: set MASTER_ADDR, or give --rdzv-endpoint"),
+        ("--nnodes 2", {"MASTER_ADDR": "nowhere.invalid"}, "'nowhere.invalid' does not resolve on "),
+        ("--rdzv-endpoint 127.0.0.3:1", {"GLOO_SOCKET_IFNAME": "lo9"}, "lo9 is not an interface of this machine"),
+    ],
+)
+def test_networks_that_are_not_there(arguments: str, more: dict[str, str], message: str) -> None:
+    done = bash(TORCHRUN, *arguments.split(), "x.py", **more)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("launch/torchrun.sh: ")
+    assert message in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing() -> None:
+    scripts = [*LAUNCH.iterdir(), *Path(__file__).parent.rglob("*.sh")]
+    done = subprocess.run(["shellcheck", "--shell=bash", *map(str, scripts)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_threads_are_the_cores_of_a_rank_unless_the_user_says_otherwise() -> None:
     cores = len(os.sched_getaffinity(0))
     for option in ("--nproc-per-node 1", "--nproc_per_node=1", ""):
-        assert f"OMP_NUM_THREADS={cores} " in bash(TORCHRUN, "--dry-run", *option.split(), "x.py").stdout
-    assert "OMP_NUM_THREADS=1 " in bash(TORCHRUN, "--dry-run", "--nproc-per-node", "9999", "x.py").stdout
-    assert "OMP_NUM_THREADS=7 " in bash(TORCHRUN, "--dry-run", "x.py", OMP_NUM_THREADS="7").stdout
+        assert resolved(*option.split(), "x.py")[0]["OMP_NUM_THREADS"] == str(cores)
+    assert resolved("--nproc-per-node", "9999", "x.py")[0]["OMP_NUM_THREADS"] == "1"
+    assert resolved("x.py", OMP_NUM_THREADS="7")[0]["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.mark.distributed

@@ -256,6 +256,31 @@ def test_ranks_agree_through_a_tcp_store_and_again_in_the_next_block() -> None:
     assert run_in_lockstep(worlds, {}, 1, 0) == [-1, -1]
 
 
+@pytest.mark.parametrize("told", [[0], [1], [0, 1], []])
+def test_a_node_knows_that_another_ones_launcher_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[int]
+) -> None:
+    """Two nodes of one rank each; `told` lists those whose launcher was; else the agents stop by themselves."""
+    nodes = [tmp_path / "0", tmp_path / "1"]
+    for number, folder in enumerate(nodes):
+        folder.mkdir()
+        if number in told:
+            (folder / "told").touch()
+    stops = [StopSignal(world) for world in make_worlds(2)]
+
+    def ask(rank: int, step: int) -> bool:
+        monkeypatch.setenv("MEGACLASS_OUTCOME_DIR", str(nodes[rank]))
+        return stops[rank].agreed(step)
+
+    first = told[0] if told else 0
+    assert not ask(1 - first, 1)
+    stops[first]._handle(signal.SIGTERM, None)
+    assert [ask(first, 1), ask(1 - first, 2), ask(first, 2)] == [False] * 3
+    assert ask(0, 3)
+    assert ask(1, 3)
+    assert [stop.is_by_another_launcher for stop in stops] == [bool(told) and rank not in told for rank in (0, 1)]
+
+
 def test_finite_guard_counts_only_steps_in_a_row() -> None:
     guard = FiniteGuard(3)
     for step, is_finite in enumerate([False, False, True, False, False]):
