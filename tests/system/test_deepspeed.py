@@ -255,6 +255,16 @@ def test_a_step_that_is_not_finite_on_one_rank_moves_nothing_anywhere(dataset: P
         assert faults == [[]] * 12
 
 
+def test_alone_and_without_a_launcher(dataset: Path, tmp_path: Path) -> None:
+    """The engine insists on a group and on what a launcher sets; neither is there."""
+    content = content_of(dataset, tmp_path / "run", stage=3, steps=6)
+    process = start(content, 1)
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, output
+    assert "[INFO]" not in output, "DeepSpeed talks"
+    assert _evaluation(tmp_path / "run")["retrieval"]["recall_at_1"] > 0
+
+
 def _refused(world: World, content: dict[str, Any]) -> str:
     try:
         build.build(config.validate(content), world)
