@@ -292,6 +292,8 @@ def _start(world: World) -> Any:
     """
     # It looks at what the machine has, and not at what the run uses.
     os.environ["DS_ACCELERATOR"] = world.device.type
+    # It asks for this even where it is alone and no launcher has set it.
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     logging.disable(logging.WARNING)
     try:
         import deepspeed

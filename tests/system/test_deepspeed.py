@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from megaclass.optim.rowwise import RowGradient
 from megaclass.parallel.process import World
 from megaclass.train import build, loop
 from tests.support.spawn import spawn
-from tests.support.training import fit_all, small_config, small_dataset, train, train_rank
+from tests.support.training import fit_all, small_config, small_dataset, train, train_all
 from tests.system.test_resume import digest, start, train_until, wait_for_step, workers
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.slow,
+    # Importing it here would take seconds of every other test run.
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
 STAGES = (0, 1, 2, 3)
 LIMIT = 0.5  # gradients of these runs are longer in most steps, so that nearly all are clipped
 
@@ -66,15 +70,12 @@ def assert_equal_ddp(runs: dict[str, dict[str, Any]], world_size: int = 2) -> No
         assert ranks[0][reference]["losses"][-1] < 0.99 * ranks[0][reference]["losses"][0]
 
 
-# Every pair of stage, optimizer and accumulation.
-PAIRWISE = [
-    (0, "sgd", 2), (0, "adamw", 1), (1, "sgd", 1), (1, "adamw", 2), (2, "sgd", 1), (2, "adamw", 2), (3, "sgd", 2),
-    (3, "adamw", 1),
-]  # fmt: skip
+# Every stage, with SGD and accumulation or AdamW without; stages 1 to 3 meet SGD and accumulation again below.
+SOME = [(0, "sgd", 2), (1, "adamw", 1), (2, "sgd", 2), (3, "adamw", 1)]
 GRID = [(stage, name, micro) for stage in STAGES for name in ("sgd", "adamw") for micro in (1, 2)]
 
 
-@pytest.mark.parametrize("grid", [PAIRWISE, pytest.param(GRID, marks=pytest.mark.full)], ids=["pairwise", "grid"])
+@pytest.mark.parametrize("grid", [SOME, pytest.param(GRID, marks=pytest.mark.full)], ids=["some", "grid"])
 def test_20_steps_equal_ddp(dataset: Path, grid: list[tuple[int, str, int]]) -> None:
     runs = {}
     for stage, name, micro in grid:
@@ -102,16 +103,16 @@ def test_offloaded_parts_and_settings_of_a_file_change_no_number(dataset: Path, 
     )
     runs = {"ddp": content_of(dataset, accumulation=2), "ddp bf16": content_of(dataset, precision="bfloat16")}
     for stage, options in (
-        (1, {"offload": "optimizer"}), (2, {"offload": "optimizer"}), (3, {"offload": "all"}),
-        (2, {"deepspeed_config": str(file)}), (3, {"deepspeed_config": str(file), "activation_checkpointing": True}),
+        (1, {"offload": "optimizer"}), (2, {"deepspeed_config": str(file)}), (3, {"offload": "all"}),
+        (3, {"deepspeed_config": str(file), "activation_checkpointing": True}),
     ):  # fmt: skip
         runs[f"ddp | {stage} {options}"] = content_of(dataset, stage=stage, accumulation=2, **options)
-    for stage in (1, 3):
-        runs[f"ddp bf16 | {stage}"] = content_of(dataset, stage=stage, precision="bfloat16")
+    runs["ddp bf16 | 3"] = content_of(dataset, stage=3, precision="bfloat16")
     assert_equal_ddp(runs)
 
 
-@pytest.mark.parametrize("stages", [(3,), pytest.param((0, 1, 2), marks=pytest.mark.full)], ids=["3", "others"])
+@pytest.mark.full
+@pytest.mark.parametrize("stages", [(0, 2), (1, 3)])
 def test_50_steps_do_not_depend_on_the_world_size(dataset: Path, stages: tuple[int, ...]) -> None:
     # At this rate rounding does not grow within 50 steps: see `small_config`.
     runs = {f"stage {stage}": content_of(dataset, stage=stage, steps=50, lr=0.003) for stage in stages}
@@ -126,16 +127,15 @@ def test_50_steps_do_not_depend_on_the_world_size(dataset: Path, stages: tuple[i
                 assert abs(loss - expected[step]) <= 1e-5 * expected[step], (name, size, step)
 
 
-def _stopped_and_continued(world: World, contents: list[tuple[dict[str, Any], dict[str, Any]]], last: int) -> None:
-    for straight, broken in contents:
-        assert train_rank(world, straight) == 0
+def _straight_and_stopped(world: World, contents: list[tuple[dict[str, Any], dict[str, Any]]], last: int) -> None:
+    assert train_all(world, [straight for straight, _ in contents]) == [0] * len(contents)
+    for _, broken in contents:
         train_until(world, broken, last)
-        assert train_rank(world, broken) == 0
 
 
 @pytest.mark.parametrize(
     "grid",
-    [[(1, "adamw", 1), (2, "sgd", 2), (3, "adamw", 2)], pytest.param(GRID, marks=pytest.mark.full)],
+    [[(1, "sgd", 2), (3, "adamw", 1)], pytest.param(GRID, marks=pytest.mark.full)],
     ids=["some", "grid"],
 )
 def test_stopped_and_continued_equals_uninterrupted_to_the_bit(
@@ -146,11 +146,12 @@ def test_stopped_and_continued_equals_uninterrupted_to_the_bit(
         names.append(f"{stage}-{name}-{micro}")
         # Stages that keep whole parameters keep an average of them too.
         options: dict[str, Any] = {
-            "stage": stage, "optimizer": name, "accumulation": micro, "steps": 12, "ema": 0.9 if stage < 3 else None,
+            "stage": stage, "optimizer": name, "accumulation": micro, "steps": 10, "ema": 0.9 if stage < 3 else None,
         }  # fmt: skip
         folder = tmp_path / names[-1]
         contents.append(tuple(content_of(dataset, folder / kind, **options) for kind in ("straight", "broken")))
-    spawn(_stopped_and_continued, 2, contents, 5, seconds=280)
+    spawn(_straight_and_stopped, 2, contents, 5, seconds=280)
+    spawn(train_all, 2, [broken for _, broken in contents], seconds=280)
     for name in names:
         straight, broken = tmp_path / name / "straight", tmp_path / name / "broken"
         expected, actual = read_metrics(straight), read_metrics(broken)
@@ -185,14 +186,21 @@ def test_killed_and_continued_equals_uninterrupted_to_the_bit(dataset: Path, tmp
 
 @pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.full)])
 def test_continued_under_other_strategies_and_world_sizes(dataset: Path, tmp_path: Path, optimizer: str) -> None:
-    """One run moves from DDP through the stages and back, over 1, 2 and 3 ranks; its losses are those of DDP alone."""
+    """One run moves from DDP through the stages and back, over 1, 2 and 3 ranks; its losses are those of DDP alone.
+
+    At last it is alone and without a launcher, where the engine has neither a group nor what a launcher sets.
+    """
     straight, moved = tmp_path / "straight", tmp_path / "moved"
     options: dict[str, Any] = {"optimizer": optimizer, "steps": 24, "lr": 0.003}
     expected = train(content_of(dataset, straight, **options), 1)
-    for world_size, stage, last in ((2, None, 4), (2, 1, 8), (3, 3, 12), (1, 2, 16), (2, 3, 20), (3, None, 24)):
+    for world_size, stage, last in ((2, None, 4), (2, 1, 9), (3, 3, 14), (3, None, 19)):
         spawn(train_until, world_size, content_of(dataset, moved, stage=stage, **options), last, seconds=120)
+    process = start(content_of(dataset, moved, stage=2, **options), 1)
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, output
+    assert "[INFO]" not in output, "DeepSpeed talks"
     actual = read_metrics(moved)
-    assert [line["world_size"] for line in actual] == [2] * 8 + [3] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert [line["world_size"] for line in actual] == [2] * 9 + [3] * 10 + [1] * 5
     for one, two in zip(expected, actual, strict=True):
         assert abs(one["loss"] - two["loss"]) <= 1e-5 * one["loss"], one["step"]
     for name, value in _evaluation(straight)["retrieval"].items():
@@ -248,11 +256,10 @@ def _poisoned_run(world: World, content: dict[str, Any], where: str) -> list[str
 
 def test_a_step_that_is_not_finite_on_one_rank_moves_nothing_anywhere(dataset: Path) -> None:
     """Whether the engine sees it itself (in the backbone) or not (in the class rows); the next step is a good one."""
-    contents = [content_of(dataset, stage=stage, optimizer="adamw") for stage in STAGES]
-    contents.append(content_of(dataset, stage=2, optimizer="sgd", offload="optimizer"))
-    contents.append(content_of(dataset, stage=3, optimizer="sgd", offload="all"))
+    contents = [content_of(dataset, stage=stage, optimizer="adamw") for stage in (0, 2, 3)]
+    contents += [content_of(dataset, stage=stage, optimizer="sgd", offload="optimizer") for stage in (1, 3)]
     for faults in spawn(_poisoned, 2, contents, seconds=200):
-        assert faults == [[]] * 12
+        assert faults == [[]] * 10
 
 
 def _refused(world: World, content: dict[str, Any]) -> str:
