@@ -179,7 +179,7 @@ def test_a_step_that_is_not_finite_moves_no_part(dataset: Path, accumulation: in
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.full), "adamw"])
 def test_a_checkpoint_of_two_ranks_goes_on_at_three_and_one_and_whole(
     dataset: Path, tmp_path: Path, optimizer: str
 ) -> None:
@@ -231,9 +231,9 @@ def _assert_independent(dataset: Path, sizes: tuple[int, ...], steps: int, secti
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_50_steps_agree_at_two_and_three_ranks(dataset: Path) -> None:
+def test_20_steps_agree_at_two_and_three_ranks(dataset: Path) -> None:
     """Three ranks cut nothing evenly: parts of some parameters are short, and those of a few are empty."""
-    _assert_independent(dataset, (2, 3), 50, {"optim": {"lr": 0.003, "name": "sgd"}})
+    _assert_independent(dataset, (2, 3), 20, {"optim": {"lr": 0.003, "name": "sgd"}})
 
 
 @pytest.mark.full
