@@ -79,6 +79,7 @@ def fit(world: World, content: dict[str, Any]) -> dict[str, Any]:
         training.classifier.host_rows.close()
     return {
         "losses": [float(result.output.loss.detach()) for result in results],
+        "norms": [float(result.grad_norm) for result in results],
         "ids": [result.ids for result in results],
         "weight": training.classifier.weight.detach().clone(),
     }
