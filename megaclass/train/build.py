@@ -132,6 +132,7 @@ def build_strategy(config: Config, world: World, backbone: nn.Module) -> Strateg
             another,
             world,
             reshard_after_forward=train.fsdp_reshard,
+            gathered=torch.bfloat16 if train.fsdp_gather == "bfloat16" else None,
         )
     forward = backbone
     if train.compile:

@@ -15,10 +15,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from megaclass.backbones.block import blocks
+from megaclass.errors import ConfigError
 from megaclass.parallel.collectives import gather_uneven
 from megaclass.parallel.process import World, mesh_of
 from megaclass.parallel.shard import ClassShard
@@ -30,9 +32,9 @@ MakeOptimizer = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
 class FSDPStrategy:
     """`fully_shard` over the backbone; see `strategy.Strategy`.
 
-    Parameters are gathered and gradients are reduced in the type they are kept in, and autocast converts what a block
-    computes with, as without this strategy: the numbers are the same. Buffers (running statistics) stay whole on every
-    rank.
+    Parameters are gathered in the type they are kept in, unless `gathered` says another, and autocast converts what a
+    block computes with, as without this strategy: the numbers are the same. Gradients are reduced in the type of the
+    parameters. Buffers (running statistics) stay whole on every rank.
 
     Args:
         backbone: on this rank's device, the same on every rank; it is cut in place.
@@ -41,6 +43,10 @@ class FSDPStrategy:
         world: the ranks, at least two.
         reshard_after_forward: gathered parameters of a block are dropped after its forward pass and gathered again for
             its backward pass; else they are kept between.
+        gathered: type that the parameters of blocks are gathered and used in; None: that they are kept in.
+
+    Raises:
+        ConfigError: `gathered` is given, and blocks have batch norms, which want their parameters in float32.
 
     Cost: an all-gather of every parameter per forward pass, another per backward pass with `reshard_after_forward`, and
     one reduce-scatter of every gradient per step.
@@ -54,10 +60,12 @@ class FSDPStrategy:
         world: World,
         *,
         reshard_after_forward: bool,
+        gathered: torch.dtype | None = None,
     ) -> None:
         mesh = mesh_of(world)
+        policy = _policy(backbone, gathered)
         for block in blocks(backbone):
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
         # The outermost part is needed first in backward, so dropping it would be for nothing.
         fully_shard(backbone, mesh=mesh, reshard_after_forward=False)
         self.model: nn.Module = backbone
@@ -95,6 +103,8 @@ class FSDPStrategy:
         gradients = self.gradients().sharded
         torch._foreach_mul_(gradients, coefficient)
         for name, one in self._sharded.items():
+            # What torch gathers next is what the optimizer writes now.
+            assert self._parts[name].data_ptr() == one.to_local().data_ptr(), name
             self._parts[name].grad = one.grad.to_local() if isinstance(one.grad, DTensor) else None
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -180,3 +190,15 @@ class FSDPStrategy:
             elif self._world.is_main:
                 found[name] = whole.cpu()
         return found
+
+
+def _policy(backbone: nn.Module, gathered: torch.dtype | None) -> MixedPrecisionPolicy:
+    """Blocks are gathered in `gathered`, and their gradients reduced in float32."""
+    if gathered is None:
+        return MixedPrecisionPolicy()
+    if any(isinstance(module, _BatchNorm) for block in blocks(backbone) for module in block.modules()):
+        raise ConfigError(
+            "train.fsdp_gather bfloat16 is for backbones without batch norm in their blocks (vit-tiny, vit-small, "
+            "vit-base), as batch norm takes its parameters in float32 alone; leave it out"
+        )
+    return MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
