@@ -105,8 +105,9 @@ class ClassLayer(torch.autograd.Function):
             batch = _exchange(local, classifier, labels, draw, embeddings.dtype)
             own = _own_rows(classifier, batch.own, rows, batch)
             cosine = batch.spread((batch.own * own.unit).sum(dim=1))
-            with part("gather"):
-                norm = None if norm is None else all_gather_batch(norm, group)
+            if norm is not None:
+                with part("gather"):
+                    norm = all_gather_batch(norm, group)
             facts = Facts(norm, stream_key(loss.seed, STREAM_MARGIN, this.draw_id))
             chosen = slice(None) if draw.batch_rows is None else draw.batch_rows
             candidates = Candidates(rows.weight, draw.rows, draw.log_weight, loss.rows_per_class)

@@ -80,12 +80,13 @@ class MicroBatch:
     def all_embeddings(self) -> Tensor | None:
         """[G, dim] embeddings of all ranks in the type they travelled in, the same on every rank; waits for them.
 
-        None where they have not been sent.
+        None where they have not been sent. To be asked for once.
         """
         if not self._sent:
             return None
         with part("gather"):
             slices = [one.wait() for one in self._sent]
+        self._sent = []  # the class layer may keep them in another type
         if len(slices) == 1:
             return slices[0]
         # Of each slice the ranks' parts come one after another; in the batch each rank's samples do.

@@ -10,7 +10,10 @@ import pytest
 
 from megaclass import cli, config
 from megaclass.errors import ConfigError
+from megaclass.marks import PREFIX
 from megaclass.observe.journal import read_metrics
+from megaclass.observe.profile import trace_path
+from megaclass.observe.timeline import read
 from tests.support.spawn import spawn
 from tests.support.training import small_config, small_dataset, train_all
 
@@ -64,6 +67,23 @@ def test_every_rank_has_a_trace_and_the_summary_is_of_all(runs: dict[str, Path],
     assert json.loads(capsys.readouterr().out) == summary
     assert cli.main(["profile", str(runs["on"])]) == 0
     assert "reduce-scatter" in capsys.readouterr().out
+
+
+@pytest.mark.distributed
+def test_what_can_travel_is_sent_before_what_can_hide_it(runs: dict[str, Path]) -> None:
+    """Labels before the backbone, embeddings before the draw, their gradient before the class-row pass."""
+    trace = read(trace_path(runs["on"], 0))
+    marks = sorted(
+        (one["ts"], one["name"].removeprefix(PREFIX)) for one in trace["traceEvents"]
+        if one.get("cat") == "user_annotation" and one["name"].startswith(PREFIX)
+    )  # fmt: skip
+    names = [name for _, name in marks if name not in ("batch norm", "row update")]
+    step = [
+        "step", "data wait", "label gather", "backbone forward", "class layer forward", "gather",
+        "class layer forward", "label gather", "gather", "sums", "backbone backward", "class layer backward",
+        "reduce-scatter", "weight pass", "reduce-scatter", "update", "norm",
+    ]  # fmt: skip
+    assert names == step * 3
 
 
 @pytest.mark.distributed
