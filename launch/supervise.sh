@@ -4,15 +4,22 @@
 # preempted and saved.
 set -euo pipefail
 command=("$@")
-outcomes=$(mktemp -d) agent='' received=''
+outcomes=$(mktemp -d) agent='' early=''
 trap 'rm -rf "$outcomes"' EXIT
-pass_on() { received=$1; : >"$outcomes/told"; [[ -z $agent ]] || kill -s "$1" "$agent" 2>/dev/null || true; }
+# shellcheck disable=SC2317 # called by the traps
+pass_on() {
+  : >"$outcomes/told" # for the ranks, which tell other nodes
+  if [[ -z $agent ]]; then early=$1; return; fi
+  # A child that is this shell still, and no command of its own yet, would lose the signal.
+  while cmp -s "/proc/$$/cmdline" "/proc/$agent/cmdline"; do sleep 0.05; done
+  kill -s "$1" "$agent" 2>/dev/null || true
+}
 for name in TERM INT HUP QUIT USR1; do trap "pass_on ""$name" "$name"; done
 # Should this script be killed, torchrun is told to stop.
 ! setpriv --pdeathsig TERM true 2>/dev/null || command=(setpriv --pdeathsig TERM "${command[@]}")
 set -m # torchrun gets a process group of its own, so that Ctrl-C arrives once, through this script
 MEGACLASS_OUTCOME_DIR=$outcomes "${command[@]}" & agent=$!
-[[ -z $received ]] || pass_on "$received" # a signal that came while it was being started
+[[ -z $early ]] || pass_on "$early"
 while wait "$agent" && code=0 || code=$?; kill -0 "$agent" 2>/dev/null; do :; done
 # Where torchrun was killed its ranks are still there: known by what only they were given, told, and 8 s later killed.
 for ((tenths = 0; tenths < 100; tenths++)); do

@@ -304,6 +304,7 @@ def test_the_srun_line() -> None:
         (3, True, "RUNNING", False),
         (6, False, "RUNNING", False),
         (6, True, "RUNNING", True),
+        (138, True, "RUNNING", True),
         (75, False, "RUNNING", True),
         (75, True, "RUNNING", True),
         (75, True, "COMPLETING", False),
@@ -328,6 +329,24 @@ def test_a_preempted_job_is_requeued(
     assert (tmp_path / "got-usr1").exists() == is_signalled
     requeued = tmp_path / "requeued"
     assert (requeued.read_text() if requeued.exists() else "") == ("requeue 77\n" if is_requeued else "")
+
+
+def test_a_signal_before_the_step_has_begun_is_passed_on_to_it(tmp_path: Path) -> None:
+    """It comes while the nodes are listed; the step that is started after it gets it and ends."""
+    commands = {
+        "srun": f"trap 'touch {tmp_path}/got-usr1; exit 75' USR1\nwhile :; do sleep 0.05; done",
+        "squeue": "echo CANCELLED",
+        "scontrol": "kill -USR1 $PPID\necho n1",
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    more = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n1"}
+    script = LAUNCH / "slurm.sbatch"
+    done = bash(script, "c.yaml", **more)
+    # A step that has not set its own handler yet ends by the signal itself.
+    assert done.returncode in (75, 128 + signal.SIGUSR1), done.stderr
+    assert (tmp_path / "got-usr1").exists() == (done.returncode == 75)
 
 
 def test_the_docker_line(tmp_path: Path) -> None:

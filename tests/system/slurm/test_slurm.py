@@ -182,10 +182,10 @@ def test_usr1_saves_and_the_requeued_job_ends_as_if_nothing_had_been(slurm: Slur
 def test_the_time_limit_comes_as_usr1(slurm: Slurm, expected: list[str]) -> None:
     """A run of more than one time limit: it takes as many starts as it needs, and no step is taken twice."""
     times = [line["time"] for line in read_metrics(slurm.folder / "undisturbed")]
-    steps = max(STEPS, round(100 * (len(times) - 1) / (times[-1] - times[0])))  # 100 seconds of training
+    steps = max(STEPS, round(160 * (len(times) - 1) / (times[-1] - times[0])))  # 160 seconds of training
     run_dir = slurm.folder / "limited"
-    # Slurm looks every half minute, and signals up to half a minute early: half a minute or a minute after the start.
-    job = slurm.submit(run_dir, "--time=2", "--signal=B:USR1@60", steps=steps)
+    # Slurm looks every half minute, and signals up to half a minute early: 90 to 120 seconds after the start.
+    job = slurm.submit(run_dir, "--time=3", "--signal=B:USR1@60", steps=steps)
     shown = slurm.wait_for_end(job, 800)
     log = slurm.log(job)
     restarts = int(shown["Restarts"])
