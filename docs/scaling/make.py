@@ -56,8 +56,8 @@ def rows() -> list[tuple[str, str, Scaled]]:
 def markdown(device: str, found: list[tuple[str, str, Scaled]]) -> str:
     """One device's table."""
     lines = [
-        "| loss | classes | GPUs | step ms | samples/s | GB a GPU | head | sent | useful, every 2,000 steps | save every "
-        "| useful then | limited by |",
+        "| loss | classes | GPUs | step ms | samples/s | GB a GPU | head | sent | useful | save every | useful then "
+        "| limited by |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for name, preset, row in found:

@@ -206,7 +206,7 @@ def _machine(known: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _model(known: argparse.Namespace, rest: list[str]) -> int:
+def _model(known: argparse.Namespace) -> int:
     from megaclass.bench import cases, model
 
     chosen = cases.cases(known.nproc, known.cases)

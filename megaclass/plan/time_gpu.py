@@ -28,7 +28,7 @@ from megaclass.plan.straggling import slow_by
 from megaclass.plan.work import Work
 
 # What a convolution by implicit products reaches of a plain product of the same shape. With 0.3 the backbone of 8 V100
-# (100 TFLOP/s in float16, batches of 128) makes 653 samples/s each; insightface's speed table has 625 at 125,000 classes
+# (100 TFLOP/s in float16, batches of 128) makes 653 samples/s each; insightface has published 625 at 125,000 classes
 # (5,004 on 8 GPUs). The only constant that was set by a whole step, and that step is not ours.
 _CONVOLUTION_SHARE = 0.3
 # Products are cut into tiles of 128 x 128 (64 where a side is short); a tile's beginning and end take as long as 64
