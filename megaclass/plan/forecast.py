@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Of the whole step at least; the head takes the longer of computing and moving memory, rows of the host come beside."""
+        """Of the step at least; the head takes the longer of computing and moving, rows of the host come beside."""
         head = max(self.seconds["head compute"], self.seconds["head memory"])
         return max(self.seconds["backbone"] + head + self.seconds["collectives"], self.seconds["rows from the host"])
 
