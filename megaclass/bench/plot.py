@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megaclass.bench.measure import has_gpu
 from megaclass.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megaclass.plan import Scaled
 
 # Told apart with any colour vision (Okabe and Ito, 2008), and by marker.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
@@ -63,3 +66,26 @@ def _title(reports: Sequence[dict[str, Any]], axis: str) -> str:
     case = reports[0]["case"]
     what = f"{case['num_classes']:,} classes" if axis == "sampling_rate" else "as many rows drawn"
     return f"{what} x {case['dim']}, {case['batch_size']} samples on each of {case['world_size']} ranks"
+
+
+def draw_scaling(rows: Sequence[Scaled], device: str, file: Path) -> None:
+    """Write the picture of `megaclass plan --world-sizes`: samples per second, with and without failures."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    ranks = [row.ranks for row in rows]
+    ideal = [rows[0].samples_per_second / rows[0].ranks * number for number in ranks]
+    axes.plot(ranks, ideal, color="#57606a", linestyle=":", label="the first times the ranks")
+    axes.plot(ranks, [row.samples_per_second for row in rows], color=_COLOURS[0], marker="o", label="without failures")
+    useful = [row.useful_samples_per_second for row in rows]
+    axes.plot(ranks, useful, color=_COLOURS[1], marker="s", label="saving and failures included")
+    axes.set(
+        xscale="log", yscale="log", xlabel="GPUs", ylabel="samples/s",
+        title=f"{rows[0].num_classes:,} classes on {device}, modelled, never measured",
+    )  # fmt: skip
+    axes.set_xticks(ranks, [f"{number:,}" for number in ranks], minor=False)
+    axes.minorticks_off()
+    axes.grid(which="major", color="#d0d7de", linewidth=0.6)
+    axes.legend(frameon=False)
+    figure.savefig(file)

@@ -68,7 +68,7 @@ def show_step(report: dict[str, Any]) -> None:
         f"class layer of it  {report['head_cpu_ms']:9.1f} ms",
     ]
     if "planned_ms" in report:
-        lines.append(f"planned            {report['planned_ms']:9.1f} ms")
+        lines.append(f"floor of the plan  {report['planned_ms']:9.1f} ms")
     print("\n".join([*lines, f"memory             {_mebibytes(report['peak_bytes']):>13}"]))
 
 

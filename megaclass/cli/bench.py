@@ -50,6 +50,18 @@ def add_to(commands: Any) -> None:
         "--memory-samples", type=int, default=0, metavar="N", help="read on for N images to see whether memory grows"
     )
     data.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    machine = command(
+        kinds, "machine", _machine, "single operators and messages, for megaclass plan --machine", takes_options=True
+    )
+    machine.add_argument("config", type=Path, metavar="CONFIG", help="whose operators; --section.key value as in train")
+    machine.add_argument("--nproc", type=int, default=1, help="ranks that measure at once")
+    machine.add_argument("--out", type=Path, required=True, metavar="FILE", help="the profile, JSON")
+    model = command(kinds, "model", _model, "the step-time model of the planner beside measured steps")
+    model.add_argument("--nproc", type=int, nargs="+", default=[1, 2, 3, 4], help="ranks on this machine")
+    model.add_argument("--cases", nargs="*", default=[], metavar="PART", help="cases whose names hold one of these")
+    model.add_argument("--blocks", type=int, default=4, help="turns of steps and of operators")
+    model.add_argument("--steps", type=int, default=3, help="measured steps of each turn, after one for warming up")
+    model.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     for made in (head, scaling):
         made.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures; .svg, .png or .pdf")
     for made in (head, scaling, sampler, optimizer, step):
@@ -177,4 +189,34 @@ def _finish(known: argparse.Namespace, reports: list[dict[str, Any]], missing: d
         from megaclass.bench import plot
 
         plot.draw(reports, known.plot)
+    return 0
+
+
+def _machine(known: argparse.Namespace, rest: list[str]) -> int:
+    from megaclass import config, plan
+    from megaclass.bench import machine
+    from megaclass.plan import work
+    from megaclass.train import build
+
+    resolved = config.load(known.config, rest)
+    done = work.count(resolved, build.resolve_preset(resolved), plan.number_of_classes(resolved), known.nproc)
+    found = machine.of_run(resolved, done)
+    found.save(known.out)
+    print(f"{found.name}: {len(found.operators)} operators with {found.ranks} ranks at once -> {known.out}")
+    return 0
+
+
+def _model(known: argparse.Namespace) -> int:
+    from megaclass.bench import cases, model
+
+    chosen = cases.cases(known.nproc, known.cases)
+    if not chosen:
+        raise ConfigError(f"--cases {' '.join(known.cases)}: none of {', '.join(cases.CONFIGURATIONS)} holds that")
+    reports = []
+    for case in chosen:
+        reports.append(model.compare(case, known.blocks, known.steps))
+        print(model.line(reports[-1]), flush=True)
+    print(model.summary(reports))
+    if known.json is not None:
+        known.json.write_text(json.dumps([model.plain(report) for report in reports], indent=2) + "\n")
     return 0

@@ -26,7 +26,7 @@ class Plan:
         host_bytes: of class rows and their state in the host's memory beside a GPU.
         flops: of `backbone` and `head` in a step.
         collectives: of a step.
-        seconds: expected, by part.
+        seconds: at least, by part, at the device's rates.
     """
 
     device: Device
@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Of the whole step; the head takes the longer of computing and moving memory, rows of the host come beside."""
+        """Of the step at least; the head takes the longer of computing and moving, rows of the host come beside."""
         head = max(self.seconds["head compute"], self.seconds["head memory"])
         return max(self.seconds["backbone"] + head + self.seconds["collectives"], self.seconds["rows from the host"])
 
@@ -72,7 +72,7 @@ class Plan:
         lines.append("bytes each rank sends in a step" if self.collectives else "nothing is sent: one rank")
         for one in self.collectives:
             lines.append(f"  {one.name + ', ' + one.what:40}{readable(one.sent_bytes):>12}  x {one.count}")
-        lines.append(f"expected step: {1e3 * self.step_seconds:.3g} ms, bound by {self.bound}")
+        lines.append(f"floor of a step: {1e3 * self.step_seconds:.3g} ms, bound by {self.bound}")
         lines += [f"  {name:26}{1e3 * value:>12.3g} ms" for name, value in self.seconds.items()]
         return "\n".join(lines) + "\n"
 
