@@ -9,8 +9,8 @@ RANKS ?= 2
 
 export DS_BUILD_OPS := 0
 
-.PHONY: help setup demo omniglot hanglyph test test-full lint types wheel clean \
-	data-omniglot data-hanglyph data-hanglyph-all data-cjk study study-large study-head bench bench-data gpu test-nodes test-slurm
+.PHONY: help setup demo omniglot hanglyph test test-full test-nodes test-slurm test-docker lint types wheel clean \
+	data-omniglot data-hanglyph data-hanglyph-all data-cjk study study-large study-head bench bench-data gpu
 help:
 	@grep -E '^#   ' Makefile | sed 's/^#//'
 
@@ -143,6 +143,12 @@ test-nodes: $(VENV)/everything
 test-slurm: $(VENV)/everything
 	tests/system/slurm/setup.sh install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm -rP tests/system/slurm
+
+#   make test-docker  the container files for real: both images built on a stand-in for their bases and run, Prometheus on
+#                  a live run, every panel and rule; installs Debian packages, as root (10 to 20 minutes, 10 GB meanwhile)
+test-docker: $(VENV)/everything
+	tests/docker/setup.sh
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m '' --durations 10 tests/docker tests/system/test_docker_files.py
 
 #   make lint      formatter, linter, docstrings
 lint: $(VENV)/everything

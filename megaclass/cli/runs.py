@@ -52,7 +52,12 @@ def _add_train(commands: Any) -> None:
 def _train(known: argparse.Namespace, rest: list[str]) -> int:
     from megaclass import config
 
-    resolved = config.load(known.config, rest)
+    try:
+        resolved = config.load(known.config, rest)
+    except ConfigError as error:
+        from megaclass.train.outcome import refuse
+
+        return refuse(error)
     if known.dry_run:
         from megaclass.train.dry_run import describe
 

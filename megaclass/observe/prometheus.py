@@ -36,6 +36,12 @@ _TABLE: dict[str, tuple[type[Any], str, tuple[str, ...], tuple[float, ...]]] = {
     "megaclass_end_point_cosine": (Gauge, "Cosine after the margin at which the own pull is half.", (), ()),
     "megaclass_past_end_point_ratio": (Gauge, "Share of samples past the end point, 0 to 1.", (), ()),
     "megaclass_rows_touched": (Gauge, "Classes with a gradient in the newest logged step.", (), ()),
+    "megaclass_head_cpu_seconds": (
+        Gauge,
+        "Mean processor time per step of this rank's class layer; 0 on a GPU.",
+        (),
+        (),
+    ),
     "megaclass_learning_rate": (Gauge, "Learning rate of a parameter group.", ("group",), ()),
     "megaclass_gradient_norm": (Gauge, "Joint gradient norm before clipping.", (), ()),
     "megaclass_step": (Gauge, "Number of the newest logged step, over all attempts.", (), ()),
@@ -112,6 +118,7 @@ class Exporter:
         for term, value in (("total", snapshot.loss), ("intra", snapshot.intra), ("inter", snapshot.inter)):
             self._at("megaclass_loss", term=term).set(value)
         self._at("megaclass_positive_cosine_mean").set(snapshot.positive_cosine)
+        self._at("megaclass_head_cpu_seconds").set(snapshot.head_cpu_seconds)
         for monitor in snapshot.monitors.keys() & _MONITORS.keys():
             self._at(_MONITORS[monitor]).set(snapshot.monitors[monitor])
         if snapshot.grad_norm is not None:

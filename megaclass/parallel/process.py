@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d as bindings
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
@@ -155,6 +157,28 @@ def group_of_one(device: torch.device) -> None:
         device_id=device if device.type == "cuda" else None,
     )  # fmt: skip
     atexit.register(dist.destroy_process_group)
+
+
+def recorded_collectives() -> bytes | None:
+    """This rank's newest collectives as torch's flight recorder remembers them, JSON; None without a group.
+
+    As many as TORCH_FR_BUFFER_SIZE says, 2,000 if it says nothing. Reads no tensor and sends nothing. NCCL has a
+    recorder of its own, which asks the driver whether each collective has ended: where that hangs, so does this.
+    """
+    if not dist.is_initialized():
+        return None
+    dump = getattr(bindings, "_dump_nccl_trace_json" if dist.get_backend() == "nccl" else "_dump_fr_trace_json")
+    return bytes(dump(True, False))  # collectives too, and not only those under way
+
+
+def record_collectives_in(folder: Path) -> None:
+    """Have NCCL's own watchdog write its records to `folder`/nccl-rank-R, unless the environment says where to.
+
+    It writes with TORCH_NCCL_DUMP_ON_TIMEOUT=1, once a collective takes longer than the group's limit. To be called
+    before the group is made.
+    """
+    if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ:  # the older name
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl-rank-"))
 
 
 def _take_device(name: str, local_rank: int) -> torch.device:

@@ -32,7 +32,7 @@ from megaclass.plan.work import Work
 from megaclass.sampling.draw import Draw
 from megaclass.sampling.picks import stratified
 from megaclass.train import build
-from megaclass.train.loop import precision
+from megaclass.train.precision import autocast
 
 _CPU = torch.device("cpu")
 # The kernel that cannot be recorded, as it is not torch's: it is one operator with the head's operations and bytes.
@@ -109,7 +109,7 @@ def backbone_calls(config: Config, batch: int) -> BackboneCalls:
         state = {name: empty(name, x) for name, x in [*network.named_parameters(), *network.named_buffers()]}
         images = torch.empty(batch, channels, side, side, dtype=build.backbone_dtype(config))
         recorder.calls.clear()
-        with precision(config, _CPU):
+        with autocast(config.train, _CPU):
             embeddings = torch.func.functional_call(network, state, (images,))
         forward = recorder.calls.copy()
         embeddings.backward(torch.empty_like(embeddings))
@@ -238,7 +238,7 @@ def _norm(config: Config, work: Work, gradients: list[tuple[int, ...]]) -> Calls
         replicated = [torch.empty(size, dtype=wide) for size in gradients]
         values = None if is_fused else torch.empty(_touched(config, work), work.dim, dtype=wide)
         recorder.calls.clear()
-        norm = joint_norm(replicated, values, None)
+        norm = joint_norm(replicated, [] if values is None else [values], None)
         coefficient = clip_coefficient(norm, config.optim.clip_norm)
         torch._foreach_mul_(replicated, coefficient)
         if config.optim.clip_norm is not None and values is not None:

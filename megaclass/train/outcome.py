@@ -11,11 +11,13 @@ import json
 import logging
 import os
 import signal
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megaclass.durable import replace_bytes
+from megaclass.errors import UserError
 
 OUTCOME = "outcome.json"
 PREEMPTED = 75
@@ -90,6 +92,18 @@ def end_agent() -> None:
         # It may be gone, and its children be handed to a process that has nothing to do with this run.
         if f"MEGACLASS_OUTCOME_DIR={folder}".encode() in Path(f"/proc/{agent}/environ").read_bytes().split(b"\0"):
             os.kill(agent, signal.SIGTERM)
+
+
+def refuse(error: UserError) -> int:
+    """Say why there is no run, and record it for an agent, which would start it again; the process's exit code.
+
+    For faults that every rank finds alike before it joins the others; only rank 0 speaks.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        print(f"megaclass: {error}", file=sys.stderr, flush=True)
+    record_outcome(None, rank, error.exit_code, str(error), None)
+    return exit_code_for_process(error.exit_code, is_under_agent())
 
 
 def exit_code_for_process(code: int, under_agent: bool, is_permanent: bool = False) -> int:

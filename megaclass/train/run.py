@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megaclass.config import Config
 from megaclass.errors import ConfigError, NoProgressError, UserError
-from megaclass.parallel.process import World, environment_rank, world
+from megaclass.parallel.process import World, environment_rank, record_collectives_in, world
 from megaclass.train.attempt import Attempt
 from megaclass.train.failure import explain, tell_peers
 from megaclass.train.guard import own_run_directory
@@ -36,6 +36,7 @@ def train(config: Config) -> int:
     owned: Path | None = None
     rank, step, is_permanent, is_agent_left = environment_rank(), None, False, False
     try:
+        record_collectives_in(config.run.dir)
         with world(config.train.device, config.run.hang_seconds + _COLLECTIVE_MARGIN_SECONDS) as w:
             try:
                 with own_run_directory(config.run.dir, w):

@@ -11,16 +11,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from megaclass.errors import PeerError, UserError
+from megaclass.parallel.process import recorded_collectives
 from megaclass.train.outcome import exit_code_for_process, is_under_agent, record_outcome
 
 LOST_AGENT = "loss of the agent"
 _SECONDS_BETWEEN_QUESTIONS = 1.0
 _SECONDS_TO_NOTICE = 8.0
+_SECONDS_TO_DUMP = 20.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ class Watchdog:
 def end_process(run_dir: Path, rank: int) -> Callable[[Hang], None]:
     """The `on_hang` of a run: stacks of all threads to `stacks-rank-R.txt`, one line, the outcome, and exit code 6.
 
-    The process ends by `os._exit`: neither a hung collective nor the clean-up of its group can be interrupted.
+    A rank of several also leaves its newest collectives, in `collectives-rank-R.json`: compared over the ranks, they
+    show which one did not take part. The process ends by `os._exit`: neither a hung collective nor the clean-up of its
+    group can be interrupted.
     """
 
     def end(hang: Hang) -> None:
@@ -139,7 +143,18 @@ def end_process(run_dir: Path, rank: int) -> Callable[[Hang], None]:
             # Not print: the thread that hangs may hold the lock of the stream.
             os.write(2, f"{line}\n".encode())
             record_outcome(run_dir, rank, hang.code, line, hang.step)
+            if hang.phase != LOST_AGENT and hang.code == PeerError.exit_code:
+                _dump_collectives(Path(run_dir) / f"collectives-rank-{rank}.json")
         finally:
             os._exit(exit_code_for_process(hang.code, is_under_agent()))
 
     return end
+
+
+def _dump_collectives(path: Path) -> None:
+    # A driver that hangs may never answer, and may keep Python's lock; the timer needs neither, and ends the process.
+    with open(os.devnull, "w") as nowhere:
+        faulthandler.dump_traceback_later(_SECONDS_TO_DUMP, exit=True, file=nowhere)
+        with suppress(OSError, RuntimeError):
+            if (recorded := recorded_collectives()) is not None:
+                path.write_bytes(recorded)

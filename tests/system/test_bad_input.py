@@ -260,7 +260,7 @@ def test_run_directory_of_another_live_run(run, dataset: Path, tmp_path: Path) -
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize(("option", "code"), [("sample", 3), ("batch", 2)])
+@pytest.mark.parametrize(("option", "code"), [("sample", 3), ("batch", 2), ("warm-up", 2)])
 def test_two_ranks_end_alike_without_a_restart(dataset: Path, tmp_path: Path, option: str, code: int) -> None:
     """Under torchrun: the cause on stderr once, the code returned by the launcher, no traceback, no second attempt."""
     content = base(dataset, tmp_path, global_batch_size=36 if option == "sample" else 35)
@@ -269,6 +269,8 @@ def test_two_ranks_end_alike_without_a_restart(dataset: Path, tmp_path: Path, op
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     command = [str(ROOT / "launch/torchrun.sh"), "--nproc-per-node", "2", "-m", "megaclass", "train", str(path)]
+    if option == "warm-up":  # found before the ranks meet
+        command += ["--optim.warmup-steps", "1000"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
@@ -276,6 +278,8 @@ def test_two_ranks_end_alike_without_a_restart(dataset: Path, tmp_path: Path, op
         assert done.stderr.count("train-000000.tar: sample") >= 1 or "train-000000.tar" in done.stderr
         assert json.loads((tmp_path / "run" / "outcome.json").read_text())["code"] == code
         assert len((tmp_path / "run" / "attempts.jsonl").read_text().splitlines()) == 1
+    elif option == "warm-up":
+        assert done.stderr.count("optim.warmup_steps 1000 leaves nothing of train.steps") == 1
     else:
         assert "35 does not divide by 2 ranks x 1 accumulation steps = 2; use 34 or 36" in done.stderr
 

@@ -349,30 +349,87 @@ def test_a_signal_before_the_step_has_begun_is_passed_on_to_it(tmp_path: Path) -
     assert (tmp_path / "got-usr1").exists() == (done.returncode == 75)
 
 
+# Stands in for docker: writes down the words it was called with.
+FAKE_DOCKER = '#!/bin/bash\nprintf "%s\\0" "$@" > "$CALLED"\nexit 9\n'
+
+
+def run_docker(tmp_path: Path, *arguments: str, **more: str) -> list[str]:
+    """What `docker` is called with by launch/docker.sh; the host has no GPU, and a home of its own."""
+    fake = tmp_path / "docker"
+    fake.write_text(FAKE_DOCKER)
+    fake.chmod(0o755)
+    called = tmp_path / "called"
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLED": str(called), "HOME": str(tmp_path / "home")}
+    folders = ["--data", str(tmp_path / "a b"), "--runs", str(tmp_path / "r")]
+    done = bash(LAUNCH / "docker.sh", *folders, *arguments, **{"XDG_CACHE_HOME": "", **own, **more})
+    assert done.returncode == 9, done.stderr  # docker's own
+    return called.read_text().split("\0")[:-1]
+
+
+def values_of(words: list[str], option: str) -> list[str]:
+    return [words[place + 1] for place, word in enumerate(words) if word == option]
+
+
 def test_the_docker_line(tmp_path: Path) -> None:
-    script = LAUNCH / "docker.sh"
-    arguments = ["--dry-run", "--image", "mine", "--data", str(tmp_path / "a b"), "--runs", "r", "--shm", "2g"]
-    words = shlex.split(bash(script, *arguments, "megaclass", "train", "--observe.metrics-port", "9500").stdout)
-    assert words[:2] == ["docker", "run"]
-    assert words[-5:] == ["mine", "megaclass", "train", "--observe.metrics-port", "9500"]
-    for expected in (
+    command = ["megaclass", "train", "a 'b' c", "--observe.metrics-port", "9500"]
+    words = run_docker(tmp_path, "--image", "mine", "--shm", "2g", "--", *command)
+    assert words[0] == "run"
+    assert words[-6:] == ["mine", *command]
+    assert values_of(words, "--volume") == [
         f"{tmp_path}/a b:/workspace/data",
-        f"{Path.cwd()}/r:/workspace/runs",
-        "2g",
-        "memlock=-1",
-        "--init",
-    ):
-        assert expected in words
-    assert "--no-healthcheck" not in words
-    assert "--no-healthcheck" in bash(script, "--dry-run", "megaclass", "doctor").stdout
-    assert not (tmp_path / "a b").exists()
+        f"{tmp_path}/r:/workspace/runs",
+        f"{tmp_path}/home/.cache/megaclass:/cache",
+    ]
+    assert all((tmp_path / name).is_dir() for name in ("a b", "r", "home/.cache/megaclass"))
+    assert values_of(words, "--shm-size") == ["2g"]
+    assert values_of(words, "--ulimit") == ["memlock=-1", "stack=67108864"]
+    assert values_of(words, "--network") == ["host"]
+    assert values_of(words, "--user") == [f"{os.getuid()}:{os.getgid()}"]
+    assert values_of(words, "--security-opt") == ["no-new-privileges"]
+    assert values_of(words, "--stop-timeout") == ["240"]
+    assert {"--init", "--rm"} <= set(words)
+    assert {"--no-healthcheck", "--gpus", "--tty", "--device", "--privileged"}.isdisjoint(words)
+    assert "--no-healthcheck" in run_docker(tmp_path, "megaclass", "--help")
+
+
+def test_the_docker_line_says_what_dry_run_says(tmp_path: Path) -> None:
+    more = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLED": str(tmp_path / "called"), "HOME": str(tmp_path)}
+    where = ["--data", str(tmp_path / "d"), "--runs", str(tmp_path / "r"), "--cache", str(tmp_path / "c")]
+    shown = bash(LAUNCH / "docker.sh", "--dry-run", *where, "megaclass", "a b", **more)
+    assert shown.returncode == 0
+    assert not any((tmp_path / name).exists() for name in "drc")
+    assert shlex.split(shown.stdout) == ["docker", *run_docker(tmp_path, *where, "megaclass", "a b")]
+
+
+def test_docker_gives_gpus_and_infiniband_where_the_host_has_them(tmp_path: Path) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/bash\necho 'GPU 0: one'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    (tmp_path / "infiniband").mkdir()
+    words = run_docker(tmp_path, "x", INFINIBAND=str(tmp_path / "infiniband"))
+    assert words[-2:] == ["megaclass:gpu", "x"]
+    assert values_of(words, "--gpus") == ["all"]
+    assert values_of(words, "--device") == [str(tmp_path / "infiniband")]
+    assert values_of(words, "--cap-add") == ["IPC_LOCK"]
+    (tmp_path / "nvidia-smi").write_text("#!/bin/bash\nexit 9\n")  # a driver without a device
+    without = run_docker(tmp_path, "x", INFINIBAND=str(tmp_path / "none"))
+    assert without[-2:] == ["megaclass:cpu", "x"]
+    assert {"--gpus", "--device"}.isdisjoint(without)
+
+
+def test_docker_sets_the_flight_recorder_and_passes_variables_of_the_host(tmp_path: Path) -> None:
+    own = {"NCCL_SOCKET_IFNAME": "ib0", "NCCL_IB_HCA": "a b", "TORCH_FR_BUFFER_SIZE": "50", "MASTERY": "1"}
+    given = values_of(run_docker(tmp_path, "x", **own), "--env")
+    assert {"NCCL_SOCKET_IFNAME=ib0", "NCCL_IB_HCA=a b", "TORCH_NCCL_DUMP_ON_TIMEOUT=1"} <= set(given)
+    assert [line for line in given if line.startswith("TORCH_FR_BUFFER_SIZE=")] == ["TORCH_FR_BUFFER_SIZE=50"]
+    assert not any(line.startswith(("MASTERY", "PATH")) for line in given)
+    assert "TORCH_FR_BUFFER_SIZE=2000" in values_of(run_docker(tmp_path, "x"), "--env")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("", "give a command, for example: megaclass --help"),
-        ("--gpus 2 x", "unknown option --gpus; allowed are --dry-run, --image, --data, --runs and --shm"),
+        ("--gpus 2 x", "unknown option --gpus; allowed are --dry-run, --image, --data, --runs, --cache and --shm"),
         ("--image", "--image has no value; give it as --image VALUE"),
     ],
 )

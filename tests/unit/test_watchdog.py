@@ -83,6 +83,48 @@ def test_a_hung_process_ends_with_stacks_line_and_outcome(tmp_path: Path) -> Non
     assert (outcome["code"], outcome["rank"], outcome["step"]) == (6, 3, 41)
 
 
+GROUP = """
+    import os, sys
+    from pathlib import Path
+
+    import torch
+    from megaclass.parallel import process
+    from megaclass.train import watchdog
+
+    if len(sys.argv) > 2:  # a driver that does not answer
+        watchdog._SECONDS_TO_DUMP = 0.5
+        watchdog.recorded_collectives = lambda: __import__("signal").pause()
+    process.record_collectives_in(Path("there"))
+    print(os.environ["TORCH_FR_DUMP_TEMP_FILE"], flush=True)
+    process.group_of_one(torch.device("cpu"))
+    for size in (3, 5):
+        process.dist.all_reduce(torch.ones(size))
+    watchdog.end_process(Path(sys.argv[1]), 0)(watchdog.Hang("gather", 41, 1.0))
+"""
+
+
+def in_group(*arguments: str | Path) -> tuple[str, int]:
+    command = [sys.executable, "-c", textwrap.dedent(GROUP), *map(str, arguments)]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("TORCH_")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=own)
+    return done.stdout, done.returncode
+
+
+def test_a_rank_of_a_group_that_hangs_leaves_its_collectives(tmp_path: Path) -> None:
+    out, code = in_group(tmp_path)
+    assert (out, code) == ("there/nccl-rank-\n", 6)
+    entries = json.loads((tmp_path / "collectives-rank-0.json").read_text())["entries"]
+    assert [entry["profiling_name"] for entry in entries] == ["gloo:all_reduce"] * 2
+    assert [entry["input_sizes"] for entry in entries] == [[[3]], [[5]]]
+
+
+def test_records_that_cannot_be_had_do_not_keep_the_process(tmp_path: Path) -> None:
+    _, code = in_group(tmp_path, "hang")
+    assert code == 1  # not 6: nothing of ours ends it any more
+    assert json.loads((tmp_path / "outcome.json").read_text())["code"] == 6
+    assert not (tmp_path / "collectives-rank-0.json").exists()
+
+
 def test_exit_code_and_time_stopped_from_outside_does_not_count(tmp_path: Path) -> None:
     process = start(tmp_path, 1.0)
     os.kill(process.pid, signal.SIGSTOP)
