@@ -90,7 +90,7 @@ def backbone_faults(train: Train, optim: Optim) -> list[str]:
         )
     faults += _deepspeed_faults(train, optim)
     if train.strategy == "fsdp":
-        faults += _fsdp_faults(train, optim)
+        faults += _fsdp_faults(train)
     else:
         faults += [
             f"train.{name} is for train.strategy fsdp, and that is {train.strategy}; leave it out"
@@ -102,7 +102,7 @@ def backbone_faults(train: Train, optim: Optim) -> list[str]:
     return faults
 
 
-def _fsdp_faults(train: Train, optim: Optim) -> list[str]:
+def _fsdp_faults(train: Train) -> list[str]:
     """What a backbone in parts cannot do."""
     faults = []
     if train.channels_last:
@@ -119,11 +119,6 @@ def _fsdp_faults(train: Train, optim: Optim) -> list[str]:
         faults.append(
             f"train.fsdp_gather {train.fsdp_gather} is what blocks then compute with, and train.precision is "
             f"{train.precision}; use precision bfloat16, or leave it out"
-        )
-    if optim.ema_decay is not None:
-        faults.append(
-            f"optim.ema_decay {optim.ema_decay:g} keeps a second whole backbone, which train.strategy fsdp is there to "
-            "avoid; leave it out, or use strategy ddp"
         )
     return faults
 
