@@ -43,6 +43,10 @@ class Train(Section):
     fsdp_reshard: bool = Field(
         True, description="strategy fsdp: drop a block's gathered parameters after its forward pass, gather them again"
     )
+    fsdp_gather: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="strategy fsdp, precision bfloat16: type that the parameters of blocks are gathered in (vit alone)",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     precision: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32",
@@ -86,13 +90,19 @@ def backbone_faults(train: Train, optim: Optim) -> list[str]:
         )
     faults += _deepspeed_faults(train, optim)
     if train.strategy == "fsdp":
-        faults += _fsdp_faults(train, optim)
-    elif not train.fsdp_reshard:
-        faults.append(f"train.fsdp_reshard is for train.strategy fsdp, and that is {train.strategy}; leave it out")
+        faults += _fsdp_faults(train)
+    else:
+        faults += [
+            f"train.{name} is for train.strategy fsdp, and that is {train.strategy}; leave it out"
+            for name, is_given in (
+                ("fsdp_reshard", not train.fsdp_reshard), ("fsdp_gather", train.fsdp_gather != "float32")
+            )
+            if is_given
+        ]  # fmt: skip
     return faults
 
 
-def _fsdp_faults(train: Train, optim: Optim) -> list[str]:
+def _fsdp_faults(train: Train) -> list[str]:
     """What a backbone in parts cannot do."""
     faults = []
     if train.channels_last:
@@ -105,10 +115,10 @@ def _fsdp_faults(train: Train, optim: Optim) -> list[str]:
             "train.strategy fsdp gathers parameters between the blocks, and train.compile makes one program of them; "
             "leave one of the two out"
         )
-    if optim.ema_decay is not None:
+    if train.fsdp_gather != "float32" and train.precision != "bfloat16":
         faults.append(
-            f"optim.ema_decay {optim.ema_decay:g} keeps a second whole backbone, which train.strategy fsdp is there to "
-            "avoid; leave it out, or use strategy ddp"
+            f"train.fsdp_gather {train.fsdp_gather} is what blocks then compute with, and train.precision is "
+            f"{train.precision}; use precision bfloat16, or leave it out"
         )
     return faults
 

@@ -108,7 +108,7 @@ def _backbone_parts(config: Config, work: Work, backbone: BackboneWork) -> dict[
         "backbone parameters": held + gathered,
         "backbone gradients": held + travelling,
         "backbone optimizer state": held * (2 if config.optim.name == "adamw" else 1 if config.optim.momentum else 0),
-        "moving average": 0 if config.optim.ema_decay is None else size,
+        "moving average": 0 if config.optim.ema_decay is None else held,
     }
 
 

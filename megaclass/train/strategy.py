@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megaclass.errors import CheckpointError
+from megaclass.optim.ema import MovingAverage
 
 
 class Gradients(NamedTuple):
@@ -37,8 +38,7 @@ class Strategy(Protocol):
         grad_divisor: what the wrapper divides gradients by; the class layer multiplies the embedding gradient by it.
         model: what the loop calls: images [batch, channels, height, width] -> embeddings [batch, dim].
         backbone: the module that is trained. Its tensors may be this rank's parts of them: `whole` is for evaluation,
-            `backbone_state` for checkpoints. `optim.ema.MovingAverage` averages the tensors of its `state_dict`; a
-            strategy that keeps something else there refuses `optim.ema_decay`.
+            `backbone_state` for checkpoints.
     """
 
     grad_divisor: int
@@ -82,6 +82,13 @@ class Strategy(Protocol):
 
         All ranks enter and leave together; inside, calling the module sends nothing (in `eval` mode), as ranks call it
         different numbers of times.
+        """
+        ...
+
+    def average(self, decay: float) -> MovingAverage:
+        """A moving average of the backbone, in parts where that is; its `state_dict` is whole, as `backbone_state` is.
+
+        `load_state_dict` takes whole tensors on every rank, and both are called on all ranks together.
         """
         ...
 
