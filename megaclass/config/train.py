@@ -97,7 +97,7 @@ def backbone_faults(train: Train, optim: Optim) -> list[str]:
         )
     faults += _deepspeed_faults(train, optim)
     if train.strategy == "fsdp":
-        faults += _fsdp_faults(train, optim)
+        faults += _fsdp_faults(train)
     else:
         faults += [
             f"train.{name} is for train.strategy fsdp, and that is {train.strategy}; leave it out"
@@ -133,7 +133,7 @@ def overlap_faults(train: Train, batch_norm: str, row_memory: str) -> list[str]:
     return faults
 
 
-def _fsdp_faults(train: Train, optim: Optim) -> list[str]:
+def _fsdp_faults(train: Train) -> list[str]:
     """What a backbone in parts cannot do."""
     faults = []
     if train.channels_last:
@@ -150,11 +150,6 @@ def _fsdp_faults(train: Train, optim: Optim) -> list[str]:
         faults.append(
             f"train.fsdp_gather {train.fsdp_gather} is what blocks then compute with, and train.precision is "
             f"{train.precision}; use precision bfloat16, or leave it out"
-        )
-    if optim.ema_decay is not None:
-        faults.append(
-            f"optim.ema_decay {optim.ema_decay:g} keeps a second whole backbone, which train.strategy fsdp is there to "
-            "avoid; leave it out, or use strategy ddp"
         )
     return faults
 

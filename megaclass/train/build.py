@@ -20,7 +20,6 @@ from megaclass.neighbours import NeighbourGraph
 from megaclass.objectives import presets
 from megaclass.optim import backbone as backbone_optimizer
 from megaclass.optim import rowwise
-from megaclass.optim.ema import MovingAverage
 from megaclass.optim.hosted import HostedRowOptimizer
 from megaclass.optim.rowwise import RowOptimizer
 from megaclass.optim.schedule import base_rates
@@ -94,7 +93,7 @@ def build(config: Config, world: World) -> Training:
         if classifier.bias is None
         else rowwise.build(config.optim.class_name, classifier.bias.detach().view(1, 1), config.optim),
         graph=graph,
-        average=None if decay is None else MovingAverage(strategy.backbone, decay),
+        average=None if decay is None else strategy.average(decay),
         scaler=precision.build_scaler(config.train),
         num_steps=num_steps,
     )

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from megaclass.errors import ConfigError, NumericError
+from megaclass.optim.ema import MovingAverage
 from megaclass.parallel.process import World, group_of_one
 from megaclass.train.strategy import Gradients, check_tensors, load_module
 
@@ -145,6 +146,10 @@ class DeepSpeedStrategy:
         module = self._make_backbone()
         load_module(module, {name: tensor.clone() for name, tensor in self._whole_tensors()})
         yield module
+
+    def average(self, decay: float) -> MovingAverage:
+        """Of the whole backbone."""
+        return MovingAverage(self.backbone, decay)
 
     def backbone_state(self) -> dict[str, Tensor]:
         """The live tensors; at stage 3 parameters are gathered one by one, onto rank 0's host memory."""

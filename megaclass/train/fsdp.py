@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from megaclass.backbones.block import blocks
 from megaclass.errors import ConfigError
+from megaclass.optim.ema import NUM_UPDATES, MovingAverage
 from megaclass.parallel.collectives import gather_uneven
 from megaclass.parallel.process import World, mesh_of
 from megaclass.parallel.shard import ClassShard
@@ -126,16 +127,24 @@ class FSDPStrategy:
     def whole(self) -> Iterator[nn.Module]:
         """A second backbone with the present values, which is gone afterwards. Cost: its memory, and a gather."""
         module = self._make_backbone()
-        load_module(module, self._gathered(dict(self.backbone.state_dict())))
+        load_module(module, self.gathered(dict(self.backbone.state_dict())))
         yield module
+
+    def average(self, decay: float) -> MovingAverage:
+        """Of this rank's parts and the buffers."""
+        live = {
+            name: self._parts[name].detach() if name in self._parts else tensor
+            for name, tensor in self.backbone.state_dict().items()
+        }
+        return _AverageOfParts(live, decay, self)
 
     def backbone_state(self) -> dict[str, Tensor]:
         """Whole parameters on rank 0, in host memory, gathered one by one; buffers on every rank."""
-        return self._gathered(dict(self.backbone.state_dict()), on_main_only=True)
+        return self.gathered(dict(self.backbone.state_dict()), on_main_only=True)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Whole moments on rank 0, in host memory, gathered one by one; scalars on every rank."""
-        return self._gathered(
+        return self.gathered(
             {
                 f"{name}/{key}": value
                 for name, part in self._parts.items()
@@ -147,14 +156,10 @@ class FSDPStrategy:
 
     def load_backbone(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy this rank's rows into its parts."""
-        own = dict(self.backbone.state_dict())
-        check_tensors({name: tensor.shape for name, tensor in own.items()}, tensors)
         with torch.no_grad():
-            for name, tensor in own.items():
-                if name in self._parts:
-                    self._parts[name].copy_(self._rows(name, tensors[name]))
-                else:
-                    tensor.copy_(tensors[name])
+            own = self.backbone.state_dict()
+            for name, tensor in self.cut(tensors).items():
+                (self._parts[name] if name in self._parts else own[name]).copy_(tensor)
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """Put this rank's rows of the moments beside its parts."""
@@ -167,6 +172,15 @@ class FSDPStrategy:
                 part.device, copy=True
             )
 
+    def cut(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's rows of whole parameters, and buffers as they are.
+
+        Raises:
+            CheckpointError: names or shapes are not this backbone's.
+        """
+        check_tensors({name: tensor.shape for name, tensor in self.backbone.state_dict().items()}, tensors)
+        return {name: self._rows(name, one) if name in self._parts else one for name, one in tensors.items()}
+
     def _rows(self, name: str, whole: Tensor) -> Tensor:
         """This rank's rows of a whole tensor of the parameter `name`'s shape."""
         # Torch cuts as the class rows are cut, in blocks of ceil(rows / ranks).
@@ -175,7 +189,7 @@ class FSDPStrategy:
         assert rows.shape == self._parts[name].shape, (name, rows.shape, self._parts[name].shape)
         return rows
 
-    def _gathered(self, tensors: Mapping[str, Tensor], *, on_main_only: bool = False) -> dict[str, Tensor]:
+    def gathered(self, tensors: Mapping[str, Tensor], *, on_main_only: bool = False) -> dict[str, Tensor]:
         """Whole tensors for parts of parameters or of their moments; others, scalars and buffers, as they are."""
         found = {}
         for name, tensor in tensors.items():
@@ -190,6 +204,23 @@ class FSDPStrategy:
             elif self._world.is_main:
                 found[name] = whole.cpu()
         return found
+
+
+class _AverageOfParts(MovingAverage):
+    """A moving average of this rank's parts, whole in the checkpoint."""
+
+    def __init__(self, live: Mapping[str, Tensor], decay: float, strategy: FSDPStrategy) -> None:
+        super().__init__(live, decay)
+        self._strategy = strategy
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Whole averages on rank 0, in host memory."""
+        return self._strategy.gathered(super().state_dict(), on_main_only=True)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over this rank's rows of whole averages."""
+        averages = {name: tensor for name, tensor in state.items() if name != NUM_UPDATES}
+        super().load_state_dict(self._strategy.cut(averages) | {NUM_UPDATES: state[NUM_UPDATES]})
 
 
 def _policy(backbone: nn.Module, gathered: torch.dtype | None) -> MixedPrecisionPolicy:
