@@ -14,6 +14,8 @@ from typing import Any
 from megaclass.config import Config
 from megaclass.errors import ConfigError
 
+# Numbers that travel together unless a file says otherwise; 80 MB.
+_BUCKET = 20_000_000
 # What a file may set: traffic, buffers and what the engine reports. None of it changes what is computed.
 _FREE = {"steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger", "zero_optimization"}
 _FREE_OF_ZERO = {
@@ -31,7 +33,12 @@ def settings(config: Config, world_size: int) -> dict[str, Any]:
             what the strategy does not provide for; names file, key and value.
     """
     train = config.train
-    zero: dict[str, Any] = {"stage": 1 if train.zero_stage is None else train.zero_stage}
+    zero: dict[str, Any] = {
+        "stage": 1 if train.zero_stage is None else train.zero_stage,
+        # Its own default, half a billion numbers, is allocated at once whatever the size of the backbone.
+        "reduce_bucket_size": _BUCKET,
+        "allgather_bucket_size": _BUCKET,
+    }
     if train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if train.offload == "all":

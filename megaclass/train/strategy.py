@@ -100,7 +100,7 @@ class Strategy(Protocol):
         ...
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Whole tensors of the optimizer's state as `PARAMETER/KEY`; empty before the first step.
+        """Whole tensors of the optimizer's state as `PARAMETER/KEY`; before the first step empty, or zeros.
 
         KEY and layout are torch's: `momentum_buffer`, `exp_avg`, `exp_avg_sq` of the parameter's shape, `step` a
         scalar. Called on all ranks together. Rank 0 gets all; other ranks may get fewer, or none.

@@ -12,6 +12,8 @@ from megaclass import config
 from megaclass.errors import ConfigError
 from megaclass.train.deepspeed_settings import settings
 
+BUCKETS = {"reduce_bucket_size": 20_000_000, "allgather_bucket_size": 20_000_000}
+
 
 def made(file: Any = None, folder: Path | None = None, world_size: int = 2, **train: Any) -> dict[str, Any]:
     if file is not None:
@@ -38,19 +40,19 @@ def test_batches_and_types_follow_from_the_run() -> None:
     assert found["train_micro_batch_size_per_gpu"] == 4
     assert found["gradient_accumulation_steps"] == 2
     assert found["gradient_clipping"] == 0.0
-    assert found["zero_optimization"] == {"stage": 2}
+    assert found["zero_optimization"] == {"stage": 2, **BUCKETS}
     assert not found["fp16"]["enabled"]
     assert not found["bf16"]["enabled"]
-    assert made()["zero_optimization"] == {"stage": 1}
-    assert made(zero_stage=0)["zero_optimization"] == {"stage": 0}
+    assert made()["zero_optimization"] == {"stage": 1, **BUCKETS}
+    assert made(zero_stage=0)["zero_optimization"] == {"stage": 0, **BUCKETS}
 
 
 def test_offload_is_to_host_memory() -> None:
     assert made(zero_stage=2, offload="optimizer")["zero_optimization"] == {
-        "stage": 2, "offload_optimizer": {"device": "cpu"},
+        "stage": 2, "offload_optimizer": {"device": "cpu"}, **BUCKETS,
     }  # fmt: skip
     assert made(zero_stage=3, offload="all")["zero_optimization"] == {
-        "stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"},
+        "stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}, **BUCKETS,
     }  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def test_a_file_sets_traffic_and_reports(tmp_path: Path) -> None:
     file = {"steps_per_print": 7, "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 1000}}
     found = made(file, tmp_path, zero_stage=2)
     assert found["steps_per_print"] == 7
-    assert found["zero_optimization"] == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000}
+    assert found["zero_optimization"] == {"stage": 2, **BUCKETS, "overlap_comm": True, "reduce_bucket_size": 1000}
 
 
 def test_what_agrees_or_is_left_open_is_taken(tmp_path: Path) -> None:
@@ -66,7 +68,7 @@ def test_what_agrees_or_is_left_open_is_taken(tmp_path: Path) -> None:
         "train_batch_size": 24, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 2,
         "bf16": {"enabled": False}, "optimizer": "auto", "zero_optimization": {"stage": 1},
     }  # fmt: skip
-    assert made(file, tmp_path) == {**made(), "zero_optimization": {"stage": 1}}
+    assert made(file, tmp_path) == made()
 
 
 @pytest.mark.parametrize(

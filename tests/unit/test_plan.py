@@ -215,3 +215,14 @@ def test_a_backbone_in_parts_is_held_once_over_all_ranks() -> None:
     assert summed["backbone gradients"] > parts["backbone gradients"]
     sent = {one.what: one.sent_bytes for one in planned(10_000, 8, train={"strategy": "fsdp"}).collectives}
     assert sent["backbone parameters"] == 2 * sent["backbone gradient"]
+
+
+def test_deepspeed_holds_an_eighth_of_what_its_stage_takes_apart() -> None:
+    whole = _backbone()
+    assert _backbone(strategy="deepspeed", zero_stage=0) == whole
+    size, held = whole["backbone parameters"], -(-whole["backbone parameters"] // 8)
+    for stage, parameters in ((None, size + held), (2, size + held), (3, size + 2 * held)):
+        parts = _backbone(strategy="deepspeed", zero_stage=stage)
+        assert parts["backbone optimizer state"] == held
+        assert parts["backbone parameters"] == parameters
+        assert parts["backbone gradients"] == size + held
