@@ -225,7 +225,24 @@ def test_a_checkpoint_of_two_ranks_goes_on_at_three_and_one_and_whole(
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.full), "adamw"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_stopped_and_continued_equals_uninterrupted_to_the_bit(dataset: Path, tmp_path: Path, optimizer: str) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    sections: dict[str, Any] = {
+        "optim": {**OPTIMIZERS[optimizer], "ema_decay": 0.9}, "train": {"accumulation_steps": 2, "steps": 10},
+    }  # fmt: skip
+    expected = train(content_of(dataset, straight, **sections), 2)
+    for last in (4, 10):
+        spawn(train_until, 2, content_of(dataset, broken, **sections), last)
+    actual = read_metrics(broken)
+    assert [line["loss_hex"] for line in actual] == [line["loss_hex"] for line in expected]
+    assert [line["attempt"] for line in actual] == [1] * 4 + [2] * 6
+    assert digest(broken) == digest(straight)
+
+
+@pytest.mark.full
+@pytest.mark.distributed
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_killed_and_continued_equals_uninterrupted_to_the_bit(dataset: Path, tmp_path: Path, optimizer: str) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     optim = {**OPTIMIZERS[optimizer], "ema_decay": 0.9}
