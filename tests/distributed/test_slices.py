@@ -97,7 +97,12 @@ def test_what_slices_cannot_do_is_refused() -> None:
         build.check_batch(_settings(train={"gather_slices": 30}), 2)
 
 
-CUTS = {"1 x 6": (1, 6), "2 x 3": (2, 3), "3 x 2": (3, 2), "1 x 4": (1, 4), "2 x 2": (2, 2), "4 x 1": (4, 1)}
+# Ranks, slices, micro-batches; runs of one line are the same.
+CUTS = (
+    {"1 x 6": (1, 6, 1), "2 x 3": (2, 3, 1), "3 x 2": (3, 2, 1)},
+    {"1 x 4": (1, 4, 1), "2 x 2": (2, 2, 1), "4 x 1": (4, 1, 1)},
+    {"1 x 2, twice": (1, 2, 2), "2 x 1, twice": (2, 1, 2)},
+)
 
 
 @pytest.mark.distributed
@@ -105,13 +110,15 @@ def test_with_local_batch_norm_a_slice_is_what_a_rank_is(tmp_path: Path) -> None
     """W ranks of N slices train as V ranks of M slices do where W N = V M: the same samples meet in the batch norm."""
     data = small_dataset(tmp_path / "data")
     runs: dict[int, dict[str, Any]] = {}
-    for name, (world_size, num_slices) in CUTS.items():
+    for name, (world_size, num_slices, num_micro) in {name: cut for line in CUTS for name, cut in line.items()}.items():
         runs.setdefault(world_size, {})[name] = small_config(
             data, Path("never-written"), backbone={"batch_norm": "local"}, optim={"lr": 0.1, "ema_decay": None},
-            train={"steps": 12, "precision": "float64", "gather_slices": num_slices},
+            train={
+                "steps": 12, "precision": "float64", "gather_slices": num_slices, "accumulation_steps": num_micro
+            },
         )  # fmt: skip
     fitted = {name: one for size, each in runs.items() for name, one in spawn(fit_all, size, each)[0].items()}
-    for same in (("1 x 6", "2 x 3", "3 x 2"), ("1 x 4", "2 x 2", "4 x 1")):
+    for same in CUTS:
         first, *others = (torch.tensor(fitted[name]["losses"], dtype=torch.float64) for name in same)
         assert first[-1] < first[0]
         for other in others:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megaclass import cli, config
 from megaclass.errors import ConfigError
@@ -14,6 +15,8 @@ from megaclass.marks import PREFIX
 from megaclass.observe.journal import read_metrics
 from megaclass.observe.profile import trace_path
 from megaclass.observe.timeline import read
+from megaclass.parallel.process import World
+from megaclass.train.recorder import Recorder
 from tests.support.spawn import spawn
 from tests.support.training import small_config, small_dataset, train_all
 
@@ -111,6 +114,17 @@ def test_a_profile_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -
     assert cli.main(["train", str(path)]) == 0
     assert "the trace of rank 0 could not be written" in (tmp_path / "run" / "train.log").read_text()
     assert len(read_metrics(tmp_path / "run")) == 8
+
+
+def test_a_run_that_ends_in_the_middle_stops_the_profiler(tmp_path: Path) -> None:
+    recorder = Recorder(
+        config.Run(dir=tmp_path, profile=3, profile_after=1), World(0, 1, 0, torch.device("cpu"), None, None), 4, 20
+    )
+    recorder.record(5)
+    assert torch.autograd.profiler._is_profiler_enabled
+    recorder.close()
+    assert not torch.autograd.profiler._is_profiler_enabled
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_without_a_profile_has_none_to_show(tmp_path: Path, capsys: Any) -> None:
