@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megaclass.parallel.process import World
+from megaclass.train.bucket_order import fix_bucket_order
 
 # torch 2.13 renamed the option and warns about the old name, which 2.11 still needs.
 _NEW_NAME = "forward_sync_buffers"
@@ -37,6 +38,7 @@ class DDPStrategy:
                 process_group=world.group,
                 **_NO_BUFFER_TRAFFIC,
             )
+            fix_bucket_order(self._wrapped)
         self.model: nn.Module = backbone if self._wrapped is None else self._wrapped
 
     def begin(self) -> None:

@@ -153,8 +153,8 @@ def test_ranks_killed_on_one_node_with_two_ranks_each(dataset: Path, tmp_path: P
     node.kill(node.workers())
     seconds = nodes.wait_for(lambda: newest(broken)[1] == 2, "the second start")
     assert nodes.codes() == [0, 0], nodes.log()
-    assert_same_run(broken, straight, attempts=2)
     assert_nothing_is_left(nodes)
+    assert_same_run(broken, straight, attempts=2)
     print(f"both ranks of node {number} killed: {seconds:.1f} s to the next step")
 
 
