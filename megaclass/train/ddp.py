@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megaclass.optim.ema import MovingAverage
 from megaclass.parallel.process import World
+from megaclass.train.bucket_order import fix_bucket_order
 from megaclass.train.strategy import Gradients, load_module
 
 # torch 2.13 renamed the option and warns about the old name, which 2.11 still needs.
@@ -46,6 +47,7 @@ class DDPStrategy:
                 process_group=world.group,
                 **_NO_BUFFER_TRAFFIC,
             )
+            fix_bucket_order(self._wrapped)
         self.model: nn.Module = forward if self._wrapped is None else self._wrapped
 
     def begin(self) -> None:

@@ -307,6 +307,7 @@ def test_the_srun_line() -> None:
         (138, True, "RUNNING", True),
         (75, False, "RUNNING", True),
         (75, True, "RUNNING", True),
+        (75, True, "SIGNALING", True),
         (75, True, "COMPLETING", False),
     ],
 )

@@ -19,6 +19,7 @@ import yaml
 from megaclass.checkpoint import find_latest, verify
 from megaclass.errors import CheckpointError
 from megaclass.observe.journal import read_metrics
+from tests.support.spawn import spawn
 from tests.support.training import sample_ids, small_config, small_dataset, train
 
 STEPS = 31  # six epochs of 185 samples in batches of 36, and six samples more
@@ -144,6 +145,20 @@ def test_killed_and_continued_equals_uninterrupted_to_the_bit(
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.parametrize("last", [1, 8])
+def test_four_ranks_add_up_after_a_restart_as_they_did_before(dataset: Path, tmp_path: Path, last: int) -> None:
+    """Of two numbers the order does not matter; of four it does, and DDP chooses it by its first backward pass."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    content = {**config_for(dataset, straight, steps=20), "evaluate": {"protocols": []}}
+    expected = train(content, 4)
+    content = {**content, "run": {**content["run"], "dir": str(broken)}}
+    spawn(train_until, 4, content, last)
+    assert [line["loss_hex"] for line in train(content, 4)] == [line["loss_hex"] for line in expected]
+    assert digest(broken) == digest(straight)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "relative"), [("float64", 1e-9), ("float32", 1e-5)])
 def test_continued_at_other_world_sizes(dataset: Path, tmp_path: Path, precision: str, relative: float) -> None:
     straight, moved = tmp_path / "straight", tmp_path / "moved"
@@ -182,8 +197,6 @@ def test_killed_on_two_ranks_and_continued_on_three(dataset: Path, tmp_path: Pat
 
 def stop_at(dataset: Path, run_dir: Path, world_size: int, last: int, precision: str) -> None:
     """Run on until step `last`, and stop there as a signal would make it."""
-    from tests.support.spawn import spawn
-
     content = config_for(dataset, run_dir, precision=precision)
     spawn(train_until, world_size, content, last)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megaclass.observe.journal import read_metrics
+from megaclass.observe.journal import read_lines, read_metrics
 from tests.support.nodes import Node, Nodes, two_nodes, why_not
 from tests.support.training import sample_ids, small_config, small_dataset, train
 
@@ -153,8 +153,8 @@ def test_ranks_killed_on_one_node_with_two_ranks_each(dataset: Path, tmp_path: P
     node.kill(node.workers())
     seconds = nodes.wait_for(lambda: newest(broken)[1] == 2, "the second start")
     assert nodes.codes() == [0, 0], nodes.log()
-    assert_same_run(broken, straight, attempts=2)
     assert_nothing_is_left(nodes)
+    assert_same_run(broken, straight, attempts=2)
     print(f"both ranks of node {number} killed: {seconds:.1f} s to the next step")
 
 
@@ -218,22 +218,31 @@ def test_a_signal_on_one_node_stops_both(dataset: Path, expected: Path, nodes: N
 
 
 @pytest.mark.nodes
-def test_elastic_goes_on_with_the_nodes_there_are(dataset: Path, expected: Path, nodes: Nodes) -> None:
+def test_elastic_goes_on_with_the_nodes_there_are(dataset: Path, nodes: Nodes) -> None:
     """`--nnodes 1:2`: two nodes, one, and two again; within rounding, as world sizes are."""
-    run_dir = nodes.folder / "run"
-    content = config_for(dataset, run_dir, steps=STEPS)
+    straight, run_dir = nodes.folder / "straight", nodes.folder / "run"
+    train(config_for(dataset, straight, steps=200), 2)
+    content = config_for(dataset, run_dir, steps=200)
     options = ("--nnodes", "1:2", "--rdzv-conf", "last_call_timeout=5")
     nodes.launch_both(content, *options)
     nodes.wait_for(lambda: newest(run_dir) >= (11, 1), "step 11")
     nodes.both[1].fail()
-    start = time.monotonic()
-    nodes.wait_for(lambda: newest(run_dir)[1] == 2, "the first node alone")
-    seconds = time.monotonic() - start
+    seconds = nodes.wait_for(lambda: newest(run_dir)[1] == 2, "the first node alone")
     nodes.launch(nodes.both[1], content, *options)
+    again = nodes.wait_for(lambda: newest(run_dir)[1] == 3, "both nodes again")
     assert nodes.codes() == [0, 0], nodes.log()
+    assert_nothing_is_left(nodes)
     lines = read_metrics(run_dir)
-    assert {1, 2} == {line["world_size"] for line in lines}
-    for one, two in zip(lines, read_metrics(expected), strict=True):
+    sizes = [line["world_size"] for line in lines]
+    alone = sizes.index(1), len(sizes) - sizes[::-1].index(1)
+    assert sizes == [2] * alone[0] + [1] * (alone[1] - alone[0]) + [2] * (len(sizes) - alone[1])
+    assert sizes[-1] == 2
+    # Letting the other node in costs no step: the ranks have saved where they stopped.
+    taken = [line["step"] for line in read_lines(run_dir / "metrics.jsonl") if line["attempt"] > 1]
+    assert taken == list(range(taken[0], 201))
+    for one, two in zip(lines, read_metrics(straight), strict=True):
         assert abs(one["loss"] - two["loss"]) <= 1e-5 * abs(two["loss"]), one["step"]
-    assert sample_ids(run_dir) == sample_ids(expected)
-    print(f"the second node lost: the first goes on alone after {seconds:.1f} s")
+    assert sample_ids(run_dir) == sample_ids(straight)
+    print(
+        f"the second node lost: the first goes on alone after {seconds:.1f} s; both again {again:.1f} s after its start"
+    )

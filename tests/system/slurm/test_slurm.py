@@ -73,8 +73,8 @@ class Slurm:
         return time.monotonic() - start
 
     def wait_for_end(self, job: str, seconds: float = 400.0) -> dict[str, str]:
-        active = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING")
-        self.wait(job, lambda: self.job(job)["JobState"] not in active, "the end of the job", seconds)
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+        self.wait(job, lambda: self.job(job)["JobState"] in over, "the end of the job", seconds)
         return self.job(job)
 
     def wait_for_step(self, job: str, run_dir: Path, step: int) -> float:
@@ -182,7 +182,7 @@ def test_usr1_saves_and_the_requeued_job_ends_as_if_nothing_had_been(slurm: Slur
 def test_the_time_limit_comes_as_usr1(slurm: Slurm, expected: list[str]) -> None:
     """A run of more than one time limit: it takes as many starts as it needs, and no step is taken twice."""
     times = [line["time"] for line in read_metrics(slurm.folder / "undisturbed")]
-    steps = max(STEPS, round(160 * (len(times) - 1) / (times[-1] - times[0])))  # 160 seconds of training
+    steps = max(STEPS, round(130 * (len(times) - 1) / (times[-1] - times[0])))  # 130 seconds of training
     run_dir = slurm.folder / "limited"
     # Slurm looks every half minute, and signals up to half a minute early: 90 to 120 seconds after the start.
     job = slurm.submit(run_dir, "--time=3", "--signal=B:USR1@60", steps=steps)
