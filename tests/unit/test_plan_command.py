@@ -26,7 +26,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_a_table_over_world_sizes(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--gpu", "h100", "--world-sizes", "2", "16", "--batch-per-rank", "8", "--num-classes", "1000000"]
+    options = ["--gpu", "h100", "--world-sizes", "2", "16", "--batch-per-rank", "8"]
     picture = tmp_path / "scaling.svg"
     assert main(["plan", str(config), *options, "--json", "--plot", str(picture)]) == 0
     rows = json.loads(capsys.readouterr().out)
