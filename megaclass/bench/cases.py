@@ -55,7 +55,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         classifier={"preset": "d-softmax-k", "sampling_rate": 0.1, "row_dtype": "bfloat16"}, optim=FUSED,
     ),
     "vit-tiny, batch 1/4 of 50,000": _options(
-        50_000, 12, 32, backbone={"name": "vit-tiny"}, classifier={"preset": "d-softmax-b", "sampling_rate": 0.25}
+        50_000, 12, 8, backbone={"name": "vit-tiny"}, classifier={"preset": "d-softmax-b", "sampling_rate": 0.25}
     ),
 }  # fmt: skip
 

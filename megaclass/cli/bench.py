@@ -59,7 +59,7 @@ def add_to(commands: Any) -> None:
     model = command(kinds, "model", _model, "the step-time model of the planner beside measured steps")
     model.add_argument("--nproc", type=int, nargs="+", default=[1, 2, 3, 4], help="ranks on this machine")
     model.add_argument("--cases", nargs="*", default=[], metavar="PART", help="cases whose names hold one of these")
-    model.add_argument("--blocks", type=int, default=4, help="turns of steps and of operators")
+    model.add_argument("--blocks", type=int, default=3, help="turns of steps and of operators")
     model.add_argument("--steps", type=int, default=3, help="measured steps of each turn, after one for warming up")
     model.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     for made in (head, scaling):

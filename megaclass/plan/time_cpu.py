@@ -110,7 +110,7 @@ def cpu_time(
     cpu["calls from Python"] = max(0.0, calls) * machine.overhead
     waits: dict[str, float] = {}
     if work.world_size > 1:
-        sent = _messages(work, program, exchanges)
+        sent = messages(work, program, exchanges)
         cpu["messages"] = sum(count * machine.messages[name].cpu_seconds(size) for name, size, count in sent)
         cpu["gradient buckets"] = _BUCKET_PASSES * network.parameter_bytes / machine.copied
         waits["messages"] = sum(
@@ -125,7 +125,7 @@ def cpu_time(
     )
 
 
-def _messages(work: Work, program: Program, exchanges: list[Collective]) -> list[tuple[str, float, int]]:
+def messages(work: Work, program: Program, exchanges: list[Collective]) -> list[tuple[str, float, int]]:
     """Name, bytes of a rank's own tensor and number of all messages of a step."""
     ranks, found = work.world_size, []
     for one in exchanges:
@@ -133,9 +133,9 @@ def _messages(work: Work, program: Program, exchanges: list[Collective]) -> list
         each = one.sent_bytes / one.count
         if one.name == "all-reduce":
             each *= ranks / (2 * (ranks - 1))
-        elif one.name in ("all-gather", "all-to-all"):
+        elif one.name == "all-gather":
             each /= ranks - 1
-        else:  # reduce-scatter: the own tensor holds the parts of all
+        else:  # reduce-scatter and all-to-all: the own tensor holds the parts of all
             each *= ranks / (ranks - 1)
         found.append((name, each, one.count))
     if program.num_norms:

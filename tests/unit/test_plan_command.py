@@ -26,14 +26,25 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_a_table_over_world_sizes(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--gpu", "h100", "--world-sizes", "2", "16", "--batch-per-rank", "8", "--num-classes", "1000000"]
+    options = ["--gpu", "h100", "--world-sizes", "2", "16", "--batch-per-rank", "8"]
     picture = tmp_path / "scaling.svg"
     assert main(["plan", str(config), *options, "--json", "--plot", str(picture)]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["ranks"], row["global_batch_size"]) for row in rows] == [(2, 16), (16, 128)]
     assert rows[0]["samples_per_second"] < rows[1]["samples_per_second"] < 8 * rows[0]["samples_per_second"]
     assert "never measured" in picture.read_text()
-    cluster = ["--gpus-per-node", "4", "--network-gbit", "100", "--mtbf-hours", "1000", "--world-size", "16"]
+    cluster = [
+        "--gpus-per-node",
+        "4",
+        "--network-gbit",
+        "100",
+        "--mtbf-hours",
+        "1000",
+        "--world-size",
+        "16",
+        "--batch-per-rank",
+        "8",
+    ]
     assert main(["plan", str(config), "--gpu", "h100", *cluster]) == 0
     shown = capsys.readouterr().out
     assert "a failure every 62.5 h" in shown

@@ -17,7 +17,7 @@ from megaclass import plan
 from megaclass.errors import ConfigError
 from megaclass.plan import backbone, failures, links, machine, operators, program, step, straggling, time_gpu
 from megaclass.plan import work as counted
-from megaclass.plan.time_cpu import cpu_time
+from megaclass.plan.time_cpu import cpu_time, messages
 from megaclass.train import build
 from tests.unit.test_plan import configured
 
@@ -215,6 +215,22 @@ def test_processor_time_is_the_sum_of_what_is_called() -> None:
     assert found.sources == {"measured": 1.0, "scaled": 0.0, "floor": 0.0}
     with pytest.raises(ConfigError, match="measured with 3 ranks at once and the run has 2"):
         cpu_time(config, work, calls, network, exchanges, _machine(3, known))
+
+
+def test_messages_are_the_tensors_of_a_rank() -> None:
+    config, work, calls = parts(
+        999, 4, train={"global_batch_size": 64, "steps": 9}, backbone={"dim": 32},
+        classifier={"preset": "d-softmax-b", "sampling_rate": 0.25},
+    )  # fmt: skip
+    network = backbone.trace(config, work.batch)
+    exchanges = step.collectives(config, build.resolve_preset(config), work, network)
+    found = dict(zip((one.what for one in exchanges), messages(work, calls, exchanges), strict=False))
+    assert found["labels"] == ("all-gather", 16 * 8, 1)
+    assert found["embeddings"] == ("all-gather", 4 * 32 * 4, 1)
+    assert found["embeddings to owners"] == ("all-to-all", 16 * 32 * 4, 1)
+    assert found["embedding gradient"] == ("reduce-scatter", 4 * 4 * 32 * 4, 1)
+    assert found["sums over negatives"] == ("all-reduce", pytest.approx((16 + 2) * 4, abs=4), 1)
+    assert found["backbone gradient"] == ("all-reduce", pytest.approx(network.parameter_bytes, rel=1e-4), 1)
 
 
 SMALL: dict[str, Any] = {
