@@ -145,7 +145,7 @@ test-slurm: $(VENV)/everything
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm -rP tests/system/slurm
 
 #   make test-docker  the container files for real: both images built on a stand-in for their bases and run, Prometheus on
-#                  a live run, every panel and rule; installs Debian packages, as root (10 to 20 minutes, 10 GB meanwhile)
+#                  a live run, every panel and rule; installs Debian packages, as root (10 to 30 minutes, 10 GB meanwhile)
 test-docker: $(VENV)/everything
 	tests/docker/setup.sh
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m '' --durations 10 tests/docker tests/system/test_docker_files.py

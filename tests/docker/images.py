@@ -72,10 +72,21 @@ class Images:
         (self._folder / "pip.conf").write_text("[global]\nno-index = true\nfind-links = /wheels\n")
 
     def build(self, target: str, *options: str) -> str:
-        """Build a target of the Dockerfile; the image's name."""
+        """Build a target of the Dockerfile, all of it anew; the image's name."""
         name = f"localhost/megaclass:{target}"
+        # Without --no-cache buildah 1.28 finds nothing to mount from a stage that it takes from its cache.
         self.call(
-            *("buildah", "bud", "--layers", "--isolation", "chroot", "--format", "docker", "--pull-never"),
+            *(
+                "buildah",
+                "bud",
+                "--layers",
+                "--no-cache",
+                "--pull-never",
+                "--isolation",
+                "chroot",
+                "--format",
+                "docker",
+            ),
             *("--volume", f"{self._folder}/wheels:/wheels:ro", "--volume", f"{self._folder}/pip.conf:/etc/pip.conf:ro"),
             *("--build-arg", f"CPU_BASE={STAND_IN}", "--build-arg", f"GPU_BASE={STAND_IN}", *options),
             *("--ignorefile", "docker/Dockerfile.dockerignore", "--file", "docker/Dockerfile"),
