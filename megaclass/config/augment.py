@@ -64,10 +64,11 @@ class Augment(Section):
         ]
 
 
-def beyond_dali(augment: Augment) -> list[str]:
-    """The names of the changes asked for that `dataset.reader: dali` does not make as the default reader does."""
+def beyond_dali(augment: Augment, reader: str) -> list[str]:
+    """The names of the changes asked for that a reader of DALI's does not make; none for any other reader."""
+    made = {"dali": DALI_AUGMENT, "dali-stream": ("flip",)}.get(reader, tuple(Augment.model_fields))
     return [
         name
-        for name, field in type(augment).model_fields.items()
-        if name not in DALI_AUGMENT and getattr(augment, name) != field.get_default(call_default_factory=True)
+        for name, field in Augment.model_fields.items()
+        if name not in made and getattr(augment, name) != field.get_default(call_default_factory=True)
     ]

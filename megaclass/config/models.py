@@ -10,119 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
-from megaclass.config.augment import Augment, beyond_dali
-from megaclass.config.remote import DataLocation, Remote, remote_faults
+from megaclass.config.dataset import Dataset
+from megaclass.config.remote import DataLocation, remote_faults
 from megaclass.config.sampling import sampling_faults
 from megaclass.config.section import Section
-
-
-class Synthetic(Section):
-    """The made-up data set of `dataset.reader: synthetic`: one random pattern per class plus noise."""
-
-    num_classes: int = Field(1000, ge=1, description="classes")
-    samples_per_class: int = Field(8, ge=1, description="samples of each class that has any")
-    num_populated: int | None = Field(
-        None, ge=1, description="classes that have samples, evenly spread over all; default: all"
-    )
-    noise: float = Field(0.5, ge=0, description="standard deviation of the noise; the patterns have 1")
-
-
-class Dataset(Section):
-    """Where the training samples come from."""
-
-    path: DataLocation | None = Field(
-        None,
-        description="folder with a dataset.json, or stream: http(s)://, s3://, gs:// (not for the synthetic reader)",
-    )
-    split: str = Field("train", description="split of that data set to train on")
-    reader: Literal["indexed", "dali", "stream", "synthetic"] = Field(
-        "indexed",
-        description="indexed: exact order and position; dali: the same, decoded by NVIDIA DALI on the run's device; "
-        "stream: shard by shard, shuffled by webdataset",
-    )
-    shuffle_window: int | None = Field(
-        None, ge=1, description="indexed, dali: shuffle within this many shards at a time; default: over all samples"
-    )
-    class_balance: float = Field(
-        0.0, ge=0, le=1, description="classes of n samples are visited in proportion to n^(1 - this); 1: all alike"
-    )
-    samples_per_class: int | None = Field(
-        None, ge=1, description="micro-batches, over all ranks, of distinct classes with this many samples each"
-    )
-    repeats: int = Field(
-        1, ge=1, description="copies of a sample in a micro-batch, over all ranks, changed differently"
-    )
-    num_classes: int | None = Field(
-        None, ge=1, description="indexed, dali: train on this many classes of the split only; subsets are nested"
-    )
-    label_noise: float = Field(
-        0.0, ge=0, lt=1, description="all but stream: share of training samples given another class's label"
-    )
-    image_size: int = Field(32, ge=8, le=1024, description="images are resized to this many pixels a side")
-    channels: Literal[1, 3] = Field(3, description="1: grey, 3: red, green, blue")
-    workers: int = Field(
-        0, ge=0, le=256, description="decoding processes (dali: threads) per rank; 0 decodes in the trainer's process"
-    )
-    on_bad_sample: Literal["stop", "skip"] = Field("stop", description="what an unreadable sample does")
-    bad_sample_budget: float = Field(0.001, ge=0, le=1, description="largest share of skipped samples before stopping")
-    shuffle_buffer: int | None = Field(
-        None, ge=1, description="stream: samples in the buffer that mixes shards, of each rank; default 1000"
-    )
-    remote: Remote = Remote()
-    augment: Augment = Augment()
-    synthetic: Synthetic = Synthetic()
-
-    @field_validator("num_classes")
-    @classmethod
-    def _only_indexed(cls, value: int | None, info: ValidationInfo) -> int | None:
-        reason = {
-            "stream": "dataset.reader stream reads whole shards; use indexed",
-            "synthetic": "dataset.reader synthetic makes as many classes as dataset.synthetic.num_classes; give that",
-        }.get(info.data.get("reader", ""))
-        if value is not None and reason is not None:
-            raise PydanticCustomError("reader", "{reason}", {"reason": reason})
-        return value
-
-    @field_validator("shuffle_buffer")
-    @classmethod
-    def _only_streamed(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and info.data.get("reader") != "stream":
-            raise PydanticCustomError("reader", "only dataset.reader stream has a buffer; leave it out")
-        return value
-
-    @field_validator("shuffle_window")
-    @classmethod
-    def _only_with_shards(cls, value: int | None, info: ValidationInfo) -> int | None:
-        reason = {
-            "stream": "dataset.reader stream mixes shards through dataset.shuffle_buffer; give that, or use indexed",
-            "synthetic": "dataset.reader synthetic has no shards",
-        }.get(info.data.get("reader", ""))
-        if value is not None and reason is not None:
-            raise PydanticCustomError("reader", "{reason}", {"reason": reason})
-        return value
-
-    @field_validator("label_noise")
-    @classmethod
-    def _not_streamed(cls, value: float, info: ValidationInfo) -> float:
-        if value and info.data.get("reader") == "stream":
-            raise PydanticCustomError("reader", "dataset.reader stream knows the true labels only; use indexed")
-        return value
-
-    @field_validator("augment")
-    @classmethod
-    def _within_dali(cls, value: Augment, info: ValidationInfo) -> Augment:
-        refused = beyond_dali(value) if info.data.get("reader") == "dali" else []
-        if refused:
-            names = ", ".join(refused)
-            raise PydanticCustomError(
-                "reader",
-                "dataset.reader dali does not make {names} equal to the default reader; leave that out or use indexed",
-                {"names": names},
-            )
-        return value
 
 
 class Backbone(Section):

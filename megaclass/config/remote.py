@@ -15,7 +15,7 @@ from megaclass.config.section import Section
 from megaclass.data.address import Address, Location, parse_location
 
 if TYPE_CHECKING:
-    from megaclass.config.models import Dataset
+    from megaclass.config.dataset import Dataset
 
 # Between two tries of a file, whatever the server asks for.
 LONGEST_WAIT_SECONDS = 30.0
@@ -55,7 +55,7 @@ class Remote(Section):
 def remote_faults(dataset: Dataset, evaluate_path: Location | None, hang_seconds: float) -> list[str]:
     """What cannot be done with a data set behind an address."""
     faults = []
-    if isinstance(dataset.path, Address) and dataset.reader in ("indexed", "dali"):
+    if isinstance(dataset.path, Address) and dataset.reader in ("indexed", "dali", "dali-stream"):
         faults.append(
             f"dataset.reader {dataset.reader} reads single samples of all shards, and {dataset.path} is not a disk of "
             "this machine; use dataset.reader stream, or copy the data set to a folder"

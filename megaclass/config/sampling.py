@@ -8,7 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megaclass.config.models import Dataset
+    from megaclass.config.dataset import Dataset
+
+
+STREAMING = ("stream", "dali-stream")
+"""The readers that know no positions of single samples: shards from front to back, mixed in a buffer."""
 
 
 def sampling_faults(dataset: Dataset, global_batch_size: int, accumulation_steps: int) -> list[str]:
@@ -22,10 +26,10 @@ def sampling_faults(dataset: Dataset, global_batch_size: int, accumulation_steps
         "shuffle_window": dataset.shuffle_window and str(dataset.shuffle_window),
     }
     given = {name: value for name, value in told.items() if value is not None}
-    if dataset.reader == "stream":
+    if dataset.reader in STREAMING:
         faults += [
-            f"dataset.{name} {value}: dataset.reader stream reads whole shards from front to back; leave it out or use "
-            "indexed"
+            f"dataset.{name} {value}: dataset.reader {dataset.reader} reads whole shards from front to back; leave it "
+            "out or use indexed"
             for name, value in given.items()
             if name != "shuffle_window"
         ]

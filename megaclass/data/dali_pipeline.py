@@ -108,16 +108,7 @@ class DaliPipeline:
             assert self._error is not None, "nothing was fed"
             raise self._error
         self._num_fed -= 1
-        on_gpu = self._device.type == "cuda"
-        with torch.cuda.device(self._device) if on_gpu else nullcontext():
-            (output,) = self._pipe.share_outputs(torch.cuda.current_stream() if on_gpu else None)
-            pixels = from_dlpack(output.as_tensor())
-            # As `transforms.normalise`. On a CPU the batch may stay in DALI's memory, which lives as long as it. On a
-            # GPU it gets memory of torch's, and DALI's goes back in the order of this stream.
-            is_own = pixels.dtype == torch.float32 and not on_gpu
-            images = (pixels.div_(127.5) if is_own else torch.div(pixels, 127.5)).sub_(1.0)
-            del pixels, output
-            self._pipe.release_outputs()
+        images, _ = take_batch(self._pipe, self._device)
         return images
 
     def close(self) -> None:
@@ -127,6 +118,26 @@ class DaliPipeline:
     def _feed(self, feeds: Feeds) -> None:
         for name, data in feeds.items():
             self._pipe.feed_input(name, data)
+
+
+def take_batch(pipe: Any, device: torch.device) -> tuple[Tensor, list[list[NDArray[Any]]]]:
+    """The next outputs of a pipeline: images, normalised as `DaliPipeline.take` says, and copies of all others.
+
+    Raises:
+        RuntimeError: DALI failed. The pipeline is of no more use.
+    """
+    on_gpu = device.type == "cuda"
+    with torch.cuda.device(device) if on_gpu else nullcontext():
+        output, *others = pipe.share_outputs(torch.cuda.current_stream() if on_gpu else None)
+        pixels = from_dlpack(output.as_tensor())
+        # As `transforms.normalise`. On a CPU the batch may stay in DALI's memory, which lives as long as it. On a
+        # GPU it gets memory of torch's, and DALI's goes back in the order of this stream.
+        is_own = pixels.dtype == torch.float32 and not on_gpu
+        images = (pixels.div_(127.5) if is_own else torch.div(pixels, 127.5)).sub_(1.0)
+        copies = [[np.array(other.at(place)) for place in range(len(other))] for other in others]
+        del pixels, output, others
+        pipe.release_outputs()
+    return images, copies
 
 
 def check_installed() -> None:
@@ -204,8 +215,39 @@ def _blank(form: Form) -> Feeds:
     return feeds
 
 
+def new_pipeline(batch_size: int, num_threads: int, device: torch.device) -> Any:
+    """An empty pipeline of DALI's for batches of at most so many images."""
+    from nvidia.dali import Pipeline
+
+    on_gpu = device.type == "cuda"
+    return Pipeline(
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=(torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None,
+        prefetch_queue_depth=BATCHES_AHEAD,
+        set_affinity=False,
+    )
+
+
+def decode(encoded: Any, channels: int, device: torch.device) -> Any:
+    """The node of a pipeline that decodes image files, on a GPU where the device is one."""
+    from nvidia.dali import fn, types
+
+    # Several ranks share the cores of a machine, so none ties its threads to some.
+    placed: Any = {"device": "mixed", "affine": False} if device.type == "cuda" else {"device": "cpu"}
+    return fn.decoders.image(
+        encoded,
+        output_type=types.GRAY if channels == 1 else types.RGB,
+        # As the decoders of the other readers: no turning by EXIF, the fast transform, colour not smoothed (GPU).
+        adjust_orientation=False,
+        use_fast_idct=True,
+        jpeg_fancy_upsampling=False,
+        **placed,
+    )
+
+
 def _build(form: Form, device: torch.device, num_threads: int) -> Any:
-    from nvidia.dali import Pipeline, fn, types
+    from nvidia.dali import fn, types
 
     on_gpu = device.type == "cuda"
     size = form.image_size
@@ -213,25 +255,9 @@ def _build(form: Form, device: torch.device, num_threads: int) -> Any:
     def number(name: str, ndim: int, dtype: Any = types.FLOAT) -> Any:
         return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
-    pipe = Pipeline(
-        batch_size=form.batch_size,
-        num_threads=num_threads,
-        device_id=(torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None,
-        prefetch_queue_depth=BATCHES_AHEAD,
-        set_affinity=False,
-    )
+    pipe = new_pipeline(form.batch_size, num_threads, device)
     with pipe:
-        # Several ranks share the cores of a machine, so none ties its threads to some.
-        placed: Any = {"device": "mixed", "affine": False} if on_gpu else {"device": "cpu"}
-        images = fn.decoders.image(
-            number("encoded", 1, types.UINT8),
-            output_type=types.GRAY if form.channels == 1 else types.RGB,
-            # As the decoders of the other readers: no turning by EXIF, the fast transform, colour not smoothed (GPU).
-            adjust_orientation=False,
-            use_fast_idct=True,
-            jpeg_fancy_upsampling=False,
-            **placed,
-        )
+        images = decode(number("encoded", 1, types.UINT8), form.channels, device)
         if form.resizes:
             images = fn.slice(
                 images, start=number("ground_start", 1, types.INT32), shape=number("ground_shape", 1, types.INT32),

@@ -11,7 +11,7 @@ Layout: POSIX.1-1988 ustar; a sample is `KEY.png` or `KEY.jpg` followed by `KEY.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +20,7 @@ from megaclass.data.bad_samples import BadSample
 from megaclass.errors import DataError
 
 IMAGE_EXTENSIONS = ("png", "jpg")
-_BLOCK = 512
+HEADER_BYTES = _BLOCK = 512
 _LABEL = struct.Struct("<q")
 # Name, size, checksum, type, magic and prefix; what lies between is never used.
 _HEADER = struct.Struct("100s 24x 12s 12x 8s c 100x 5s 83x 155s 12x")
@@ -37,6 +37,18 @@ class SampleMembers:
     label: int
 
 
+@dataclass(frozen=True)
+class MemberPlaces:
+    """Where the members of one sample lie, in bytes from the beginning of its first header."""
+
+    key: str
+    extension: str
+    image_start: int
+    image_size: int
+    label_start: int
+    label_size: int
+
+
 def parse_sample(block: bytes) -> SampleMembers:
     """The sample whose members fill `block` exactly, headers and padding included.
 
@@ -44,24 +56,37 @@ def parse_sample(block: bytes) -> SampleMembers:
         BadSample: `bad-tar` for anything but an image followed by its label, `bad-label` for a label that is not
             eight bytes.
     """
-    name, size = parse_header(block, 0)
+    at = place_members(lambda start: block[start : start + _BLOCK], len(block))
+    try:
+        label = parse_label(block[at.label_start : at.label_start + at.label_size])
+    except BadSample as error:
+        raise error.located(f"member {at.key + '.label'!r:.120}", key=at.key) from None
+    return SampleMembers(at.key, at.extension, block[at.image_start : at.image_start + at.image_size], label)
+
+
+def place_members(header_at: Callable[[int], bytes], length: int) -> MemberPlaces:
+    """Where image and label lie in the `length` bytes of one sample, from their headers alone.
+
+    Args:
+        header_at: gives the header that starts at a byte of the sample.
+        length: bytes of the sample by the index, which its members must fill.
+
+    Raises:
+        BadSample: `bad-tar` for anything but an image followed by its label.
+    """
+    name, size = parse_header(header_at(0), 0)
     end = _padded_end(0, size)
     key, extension = _split_name(name)
     if extension not in IMAGE_EXTENSIONS:
         raise BadSample("bad-tar", f"expected an image KEY.png or KEY.jpg, found member {name!r:.120}")
-    if end >= len(block):
-        raise BadSample("bad-tar", f"image {name!r:.120} of {size} bytes leaves no room for a label in {len(block)}")
-    label_name, label_size = parse_header(block, end)
+    if end >= length:
+        raise BadSample("bad-tar", f"image {name!r:.120} of {size} bytes leaves no room for a label in {length}")
+    label_name, label_size = parse_header(header_at(end), 0)
     if label_name != f"{key}.label":
         raise BadSample("bad-tar", f"expected member {key + '.label'!r:.120}, found {label_name!r:.120}", key=key)
-    label_start = end + _BLOCK
-    if _padded_end(end, label_size) != len(block):
-        raise BadSample("bad-tar", f"members of {key!r:.120} do not fill the {len(block)} bytes the index gives them")
-    try:
-        label = parse_label(block[label_start : label_start + label_size])
-    except BadSample as error:
-        raise error.located(f"member {label_name!r:.120}", key=key) from None
-    return SampleMembers(key, extension, block[_BLOCK : _BLOCK + size], label)
+    if _padded_end(end, label_size) != length:
+        raise BadSample("bad-tar", f"members of {key!r:.120} do not fill the {length} bytes the index gives them")
+    return MemberPlaces(key, extension, _BLOCK, size, end + _BLOCK, label_size)
 
 
 def parse_label(data: bytes) -> int:

@@ -72,6 +72,13 @@ def open_reader(
         stream: dict[str, Any] = {"shuffle_buffer": dataset.shuffle_buffer, "remote": dataset.remote}
         return StreamReader(dataset.path, dataset.split, **common, **policy, **stream)
     assert isinstance(dataset.path, Path), dataset.path
+    if dataset.reader == "dali-stream":
+        from megaclass.data.dali_stream import DaliStreamReader
+
+        return DaliStreamReader(
+            dataset.path, dataset.split, **common, shuffle_buffer=dataset.shuffle_buffer,
+            device=device or torch.device("cpu"),
+        )  # fmt: skip
     chosen: dict[str, Any] = {"num_classes": dataset.num_classes, **ordered}
     if dataset.reader == "dali":
         from megaclass.data.dali import DaliReader

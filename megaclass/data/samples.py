@@ -20,7 +20,14 @@ from megaclass.data.bad_samples import BadSample
 from megaclass.data.batch import Batch
 from megaclass.data.decode import decode_into
 from megaclass.data.manifest import SplitInfo, load_index, load_manifest, load_split
-from megaclass.data.members import SampleMembers, check_label, parse_sample
+from megaclass.data.members import (
+    HEADER_BYTES,
+    MemberPlaces,
+    SampleMembers,
+    check_label,
+    parse_sample,
+    place_members,
+)
 from megaclass.data.order import first_classes
 from megaclass.data.transforms import normalise
 from megaclass.errors import ConfigError, DataError
@@ -129,6 +136,18 @@ class StoredSamples:
         """[num_samples] int64, the label of each sample."""
         return self._new_labels[self._records["label"]]
 
+    def labels_of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[n] int64, the labels of these samples by the index."""
+        return self._new_labels[self._records["label"][sample_ids]]
+
+    def shards_of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int32]:
+        """[n] int32, the number of the shard that each of these samples lies in."""
+        return self._shard_numbers[sample_ids]
+
+    def shard_path(self, shard: int) -> Path:
+        """The file of a shard."""
+        return self._paths[shard]
+
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
         """[shards] int64, how many of the samples lie in each shard."""
@@ -164,6 +183,23 @@ class StoredSamples:
         except BadSample as error:
             raise error.as_data_error() from None
         return sample.key, self._paths[int(self._shard_numbers[sample_id])].name
+
+    def place(self, sample_id: int) -> tuple[int, MemberPlaces]:
+        """Where a sample begins in its shard, and where its members lie from there; only their headers are read.
+
+        Raises:
+            DataError: there is no image with a label there.
+        """
+        record, shard = self._records[sample_id], int(self._shard_numbers[sample_id])
+        offset, length = int(record["offset"]), int(record["length"])
+        where = f"shard {self._paths[shard]}, byte {offset}"
+        try:
+            file = self._file(shard)
+            return offset, place_members(lambda start: os.pread(file, HEADER_BYTES, offset + start), length)
+        except OSError as error:
+            raise DataError(f"{where}: {error.strerror}") from None
+        except BadSample as error:
+            raise error.located(where).as_data_error() from None
 
     def close(self) -> None:
         """Close the shards; the next read opens them again."""

@@ -94,8 +94,17 @@ def assert_every_sample_once_per_epoch(run_dir: Path, num_samples: int = 185) ->
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("kind", ["d-softmax-k", "partial-fc", "bfloat16 rows"])
+@pytest.mark.parametrize(
+    ("world_size", "kind"),
+    [
+        (1, "d-softmax-k"),
+        (2, "partial-fc"),
+        (2, "bfloat16 rows"),
+        pytest.param(2, "d-softmax-k", marks=pytest.mark.full),
+        pytest.param(1, "partial-fc", marks=pytest.mark.full),
+        pytest.param(1, "bfloat16 rows", marks=pytest.mark.full),
+    ],
+)
 def test_killed_and_continued_equals_uninterrupted_to_the_bit(
     dataset: Path, tmp_path: Path, world_size: int, kind: str
 ) -> None:

@@ -410,8 +410,8 @@ def test_a_device_that_dali_cannot_use_is_named(folder: Path) -> None:
 def test_changes_are_supported_one_by_one(name: str) -> None:
     """A new option of the augmentation is refused until it is listed, and listed only with a test of its pixels."""
     changed = Augment.model_construct(**{**Augment().model_dump(), name: 0.5})
-    assert beyond_dali(changed) == ([] if name in DALI_AUGMENT else [name])
-    assert beyond_dali(Augment()) == []
+    assert beyond_dali(changed, "dali") == ([] if name in DALI_AUGMENT else [name])
+    assert beyond_dali(Augment(), "dali") == []
 
 
 def test_other_changes_are_refused_by_name() -> None:
