@@ -65,7 +65,7 @@ def assert_equal_ddp(runs: dict[str, dict[str, Any]], world_size: int = 2) -> No
             for key in ("losses", "norms"):
                 for step, (one, two) in enumerate(zip(expected[key], got[key], strict=True)):
                     # A norm that is not finite is that of a step all have left out: float16 begins with some.
-                    is_left_out = math.isnan(one) and math.isnan(two)
+                    is_left_out = not math.isfinite(one) and not math.isfinite(two)
                     assert is_left_out or abs(one - two) <= 1e-6 * abs(one), (name, key, step)
             assert float((got["weight"] - expected["weight"]).abs().max()) <= 1e-6
             for key, value in got["average"].items():
