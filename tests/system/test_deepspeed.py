@@ -6,6 +6,7 @@ SGD shows what Adam hides: it follows the size of a gradient, so a gradient divi
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from importlib.util import find_spec
@@ -63,7 +64,9 @@ def assert_equal_ddp(runs: dict[str, dict[str, Any]], world_size: int = 2) -> No
             assert len(got["losses"]) == len(expected["losses"])
             for key in ("losses", "norms"):
                 for step, (one, two) in enumerate(zip(expected[key], got[key], strict=True)):
-                    assert abs(one - two) <= 1e-6 * abs(one), (name, key, step)
+                    # A norm that is not finite is that of a step all have left out: float16 begins with some.
+                    is_left_out = not math.isfinite(one) and not math.isfinite(two)
+                    assert is_left_out or abs(one - two) <= 1e-6 * abs(one), (name, key, step)
             assert float((got["weight"] - expected["weight"]).abs().max()) <= 1e-6
             for key, value in got["average"].items():
                 torch.testing.assert_close(value, expected["average"][key], rtol=1e-5, atol=1e-6)
