@@ -5,6 +5,7 @@ Separate because these options are many and their combinations a matter of their
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -30,12 +31,28 @@ class Train(Section):
         description="CUDA: class-row pass beside the backbone's backward, on its own stream; never run on a GPU yet",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
-    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = Field(
         "auto",
-        description="ddp: the whole backbone on every rank; fsdp: its parameters and their state in parts; auto: ddp",
+        description="ddp: the whole backbone on every rank; fsdp: its parameters and their state in parts; deepspeed: "
+        "ZeRO; auto: ddp",
+    )
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(
+        None,
+        description="strategy deepspeed: in parts are 0: nothing, 1: optimizer state, 2: gradients too, 3: parameters "
+        "too; default 1",
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="strategy deepspeed: keep in host memory optimizer state, or parameters (stage 3) as well"
+    )
+    deepspeed_config: Path | None = Field(
+        None, description="strategy deepspeed: JSON file of its own settings (buckets, overlap, thresholds, reports)"
     )
     fsdp_reshard: bool = Field(
         True, description="strategy fsdp: drop a block's gathered parameters after its forward pass, gather them again"
+    )
+    fsdp_gather: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="strategy fsdp, precision bfloat16: type that the parameters of blocks are gathered in (vit alone)",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     precision: Literal["float32", "bfloat16", "float16", "float64"] = Field(
@@ -78,10 +95,17 @@ def backbone_faults(train: Train, optim: Optim) -> list[str]:
             "train.compile sees the whole backbone as one program and decides itself what backward computes again; "
             "leave out train.activation_checkpointing, or train.compile"
         )
+    faults += _deepspeed_faults(train, optim)
     if train.strategy == "fsdp":
-        faults += _fsdp_faults(train, optim)
-    elif not train.fsdp_reshard:
-        faults.append(f"train.fsdp_reshard is for train.strategy fsdp, and that is {train.strategy}; leave it out")
+        faults += _fsdp_faults(train)
+    else:
+        faults += [
+            f"train.{name} is for train.strategy fsdp, and that is {train.strategy}; leave it out"
+            for name, is_given in (
+                ("fsdp_reshard", not train.fsdp_reshard), ("fsdp_gather", train.fsdp_gather != "float32")
+            )
+            if is_given
+        ]  # fmt: skip
     return faults
 
 
@@ -92,6 +116,11 @@ def overlap_faults(train: Train, batch_norm: str, row_memory: str) -> list[str]:
         faults.append(
             "train.row_stream: rows that visit the device (classifier.row_memory host) are copied by a stream of their "
             "own already, which knows no third one; leave one of the two out"
+        )
+    if train.row_stream and train.strategy not in ("auto", "ddp"):
+        faults.append(
+            f"train.row_stream is for train.strategy ddp, and that is {train.strategy}, which has streams of its own; "
+            "leave it out"
         )
     if train.gather_slices == 1:
         return faults
@@ -104,12 +133,12 @@ def overlap_faults(train: Train, batch_norm: str, row_memory: str) -> list[str]:
     if train.strategy not in ("auto", "ddp"):
         faults.append(
             f"train.gather_slices {train.gather_slices} calls the backbone once for every slice, and train.strategy "
-            f"{train.strategy} would gather its parameters as often; use strategy ddp or gather_slices 1"
+            f"{train.strategy} is made for one call a micro-batch; use strategy ddp or gather_slices 1"
         )
     return faults
 
 
-def _fsdp_faults(train: Train, optim: Optim) -> list[str]:
+def _fsdp_faults(train: Train) -> list[str]:
     """What a backbone in parts cannot do."""
     faults = []
     if train.channels_last:
@@ -122,9 +151,50 @@ def _fsdp_faults(train: Train, optim: Optim) -> list[str]:
             "train.strategy fsdp gathers parameters between the blocks, and train.compile makes one program of them; "
             "leave one of the two out"
         )
-    if optim.ema_decay is not None:
+    if train.fsdp_gather != "float32" and train.precision != "bfloat16":
         faults.append(
-            f"optim.ema_decay {optim.ema_decay:g} keeps a second whole backbone, which train.strategy fsdp is there to "
-            "avoid; leave it out, or use strategy ddp"
+            f"train.fsdp_gather {train.fsdp_gather} is what blocks then compute with, and train.precision is "
+            f"{train.precision}; use precision bfloat16, or leave it out"
+        )
+    return faults
+
+
+def _deepspeed_faults(train: Train, optim: Optim) -> list[str]:
+    """What DeepSpeed cannot do, and its options without it."""
+    stage = train.zero_stage
+    if train.strategy != "deepspeed":
+        given = [
+            name
+            for name, is_given in (
+                ("zero_stage", stage is not None),
+                ("offload", train.offload != "none"),
+                ("deepspeed_config", train.deepspeed_config is not None),
+            )
+            if is_given
+        ]
+        return [f"train.{name} is for train.strategy deepspeed, and that is {train.strategy}" for name in given]
+    faults = []
+    if train.precision == "float64":
+        faults.append("train.strategy deepspeed keeps its parts in float32; use train.precision float32, or ddp")
+    if train.channels_last:
+        faults.append(
+            "train.strategy deepspeed keeps parameters in flat, row-major parts; leave out train.channels_last, or use "
+            "strategy ddp"
+        )
+    if train.compile:
+        faults.append(
+            "train.strategy deepspeed and train.compile are not made for each other; leave one of the two out"
+        )
+    if train.offload != "none" and stage == 0:
+        faults.append(f"train.offload {train.offload} needs parts, and train.zero_stage is 0; use stage 1, 2 or 3")
+    if train.offload == "all" and stage != 3:
+        faults.append(
+            "train.offload all keeps parameters in host memory, which only train.zero_stage 3 takes apart, and that is "
+            f"{1 if stage is None else stage}; use stage 3, or train.offload optimizer"
+        )
+    if optim.ema_decay is not None and stage == 3:
+        faults.append(
+            f"optim.ema_decay {optim.ema_decay:g} keeps a second whole backbone, which train.zero_stage 3 is there to "
+            "avoid; leave it out, or use stage 2"
         )
     return faults

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 
 from megaclass.errors import CheckpointError
 
-_NUM_UPDATES = "num_updates"
+NUM_UPDATES = "num_updates"
 
 
 class MovingAverage:
-    """The exponential moving average of a module's parameters and buffers.
+    """The exponential moving average of a module's parameters and buffers, or of live tensors given by their names.
 
     Update number t (from 0) weighs the average with min(decay, (1 + t) / (10 + t)), so that the first steps do not
     stay in it for long. Integer buffers are copied. Same on every rank if the module is. The module must already be on
     its device and in its type. Cost: one copy of the module; a second one inside `applied`.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module | Mapping[str, Tensor], decay: float) -> None:
         assert 0 < decay < 1, decay
         self._decay = decay
-        self._current = dict(module.state_dict())
+        self._current = dict(module.state_dict() if isinstance(module, nn.Module) else module)
         self._average = {name: tensor.detach().clone() for name, tensor in self._current.items()}
         self._averaged = [name for name, tensor in self._current.items() if tensor.is_floating_point()]
         self._copied = [name for name in self._current if name not in set(self._averaged)]
@@ -59,7 +59,7 @@ class MovingAverage:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged tensors by their names in the module, and `num_updates`, an int64 scalar."""
-        return {**self._average, _NUM_UPDATES: torch.tensor(self._num_updates)}
+        return {**self._average, NUM_UPDATES: torch.tensor(self._num_updates)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave.
@@ -67,7 +67,7 @@ class MovingAverage:
         Raises:
             CheckpointError: names or shapes differ from the module's.
         """
-        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in MovingAverage.state_dict(self).items()}
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}
         different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         if different:
@@ -78,7 +78,7 @@ class MovingAverage:
                 "so give the backbone options it was saved with"
             )
         _copy({name: state[name] for name in self._average}, self._average)
-        self._num_updates = int(state[_NUM_UPDATES])
+        self._num_updates = int(state[NUM_UPDATES])
 
 
 @torch.no_grad()

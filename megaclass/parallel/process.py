@@ -146,6 +146,8 @@ def mesh_of(world: World) -> DeviceMesh:
 
 def group_of_one(device: torch.device) -> None:
     """A default process group of this process alone, for code of others that insists on one; lasts until its end."""
+    if dist.is_initialized():
+        return
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1, store=HashStore(),
         device_id=device if device.type == "cuda" else None,

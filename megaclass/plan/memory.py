@@ -98,6 +98,8 @@ def parts(config: Config, work: Work, backbone: BackboneWork, is_cpu: bool) -> d
 def _backbone_parts(config: Config, work: Work, backbone: BackboneWork) -> dict[str, int]:
     """Parameters, gradients, optimizer state and average: whole on every rank, or a part and what is gathered."""
     size, train = backbone.parameter_bytes, config.train
+    if train.strategy == "deepspeed" and train.zero_stage != 0 and work.world_size > 1:
+        return _zero_parts(config, size, -(-size // work.world_size))
     is_cut = train.strategy == "fsdp" and work.world_size > 1
     held = -(-size // work.world_size) if is_cut else size
     gathered = (backbone.gathered_bytes if train.fsdp_reshard else size) if is_cut else 0
@@ -107,6 +109,21 @@ def _backbone_parts(config: Config, work: Work, backbone: BackboneWork) -> dict[
     return {
         "backbone parameters": held + gathered,
         "backbone gradients": held + travelling,
+        "backbone optimizer state": held * (2 if config.optim.name == "adamw" else 1 if config.optim.momentum else 0),
+        "moving average": 0 if config.optim.ema_decay is None else held,
+    }
+
+
+def _zero_parts(config: Config, size: int, held: int) -> dict[str, int]:
+    """The same under DeepSpeed from stage 1 on, at most; offloaded parts are counted as if they were on the device.
+
+    The optimizer's part of the parameters is a copy of its own. Stage 3 drops gathered parameters only beyond a billion
+    of them (`stage3_max_live_parameters`), and gradients are whole until their bucket is full.
+    """
+    is_all_cut = config.train.zero_stage == 3
+    return {
+        "backbone parameters": size + held * (2 if is_all_cut else 1),
+        "backbone gradients": size + held,
         "backbone optimizer state": held * (2 if config.optim.name == "adamw" else 1 if config.optim.momentum else 0),
         "moving average": 0 if config.optim.ema_decay is None else size,
     }

@@ -75,9 +75,10 @@ def _backbone_collectives(config: Config, work: Work, backbone: BackboneWork) ->
     once = (work.world_size - 1) * backbone.parameter_bytes // work.world_size
     if config.train.strategy != "fsdp":
         return [Collective("all-reduce", "backbone gradient", 2 * once, 1)]
+    is_whole = config.train.fsdp_gather == "float32"
     passes = work.num_micro * (2 if config.train.fsdp_reshard else 1)
     return [
-        Collective("all-gather", "backbone parameters", passes * once, passes),
+        Collective("all-gather", "backbone parameters", passes * once // (1 if is_whole else 2), passes),
         Collective("reduce-scatter", "backbone gradient", once, 1),
     ]
 

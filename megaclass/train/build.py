@@ -20,7 +20,6 @@ from megaclass.neighbours import NeighbourGraph
 from megaclass.objectives import presets
 from megaclass.optim import backbone as backbone_optimizer
 from megaclass.optim import rowwise
-from megaclass.optim.ema import MovingAverage
 from megaclass.optim.hosted import HostedRowOptimizer
 from megaclass.optim.rowwise import RowOptimizer
 from megaclass.optim.schedule import base_rates
@@ -31,6 +30,7 @@ from megaclass.sampling.samplers import FEW_ROWS, Graph
 from megaclass.train import precision
 from megaclass.train.compiled import check_compiler, compile_backbone
 from megaclass.train.ddp import DDPStrategy
+from megaclass.train.deepspeed_settings import settings
 from megaclass.train.loop import Training
 from megaclass.train.strategy import Strategy
 
@@ -93,7 +93,7 @@ def build(config: Config, world: World) -> Training:
         if classifier.bias is None
         else rowwise.build(config.optim.class_name, classifier.bias.detach().view(1, 1), config.optim),
         graph=graph,
-        average=None if decay is None else MovingAverage(strategy.backbone, decay),
+        average=None if decay is None else strategy.average(decay),
         scaler=precision.build_scaler(config.train),
         num_steps=num_steps,
     )
@@ -111,15 +111,27 @@ def build_strategy(config: Config, world: World, backbone: nn.Module) -> Strateg
         backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if train.activation_checkpointing:
         recompute_blocks(backbone)
+
+    def another() -> nn.Module:
+        return build_backbone(config, world).to(dtype=backbone_dtype(config))
+
+    if train.strategy == "deepspeed":
+        from megaclass.train.deepspeed import DeepSpeedStrategy
+
+        autocast = partial(precision.autocast, train, world.device)
+        return DeepSpeedStrategy(
+            backbone, make_optimizer(backbone), another, autocast, settings(config, world.size), world
+        )
     if train.strategy == "fsdp" and world.size > 1:
         from megaclass.train.fsdp import FSDPStrategy  # its imports take seconds
 
         return FSDPStrategy(
             backbone,
             make_optimizer,
-            lambda: build_backbone(config, world).to(dtype=backbone_dtype(config)),
+            another,
             world,
             reshard_after_forward=train.fsdp_reshard,
+            gathered=torch.bfloat16 if train.fsdp_gather == "bfloat16" else None,
         )
     forward = backbone
     if train.compile:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from megaclass.optim.ema import MovingAverage
 from megaclass.parallel.process import World
 from megaclass.train.strategy import Gradients, load_module
 
@@ -83,6 +84,10 @@ class DDPStrategy:
     def whole(self) -> AbstractContextManager[nn.Module]:
         """The backbone itself."""
         return nullcontext(self.backbone)
+
+    def average(self, decay: float) -> MovingAverage:
+        """Of the whole backbone."""
+        return MovingAverage(self.backbone, decay)
 
     def backbone_state(self) -> dict[str, Tensor]:
         """The live tensors."""

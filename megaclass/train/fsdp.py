@@ -15,10 +15,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from megaclass.backbones.block import blocks
+from megaclass.errors import ConfigError
+from megaclass.optim.ema import NUM_UPDATES, MovingAverage
 from megaclass.parallel.collectives import gather_uneven
 from megaclass.parallel.process import World, mesh_of
 from megaclass.parallel.shard import ClassShard
@@ -30,9 +33,9 @@ MakeOptimizer = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
 class FSDPStrategy:
     """`fully_shard` over the backbone; see `strategy.Strategy`.
 
-    Parameters are gathered and gradients are reduced in the type they are kept in, and autocast converts what a block
-    computes with, as without this strategy: the numbers are the same. Buffers (running statistics) stay whole on every
-    rank.
+    Parameters are gathered in the type they are kept in, unless `gathered` says another, and autocast converts what a
+    block computes with, as without this strategy: the numbers are the same. Gradients are reduced in the type of the
+    parameters. Buffers (running statistics) stay whole on every rank.
 
     Args:
         backbone: on this rank's device, the same on every rank; it is cut in place.
@@ -41,6 +44,10 @@ class FSDPStrategy:
         world: the ranks, at least two.
         reshard_after_forward: gathered parameters of a block are dropped after its forward pass and gathered again for
             its backward pass; else they are kept between.
+        gathered: type that the parameters of blocks are gathered and used in; None: that they are kept in.
+
+    Raises:
+        ConfigError: `gathered` is given, and blocks have batch norms, which want their parameters in float32.
 
     Cost: an all-gather of every parameter per forward pass, another per backward pass with `reshard_after_forward`, and
     one reduce-scatter of every gradient per step.
@@ -54,10 +61,12 @@ class FSDPStrategy:
         world: World,
         *,
         reshard_after_forward: bool,
+        gathered: torch.dtype | None = None,
     ) -> None:
         mesh = mesh_of(world)
+        policy = _policy(backbone, gathered)
         for block in blocks(backbone):
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
         # The outermost part is needed first in backward, so dropping it would be for nothing.
         fully_shard(backbone, mesh=mesh, reshard_after_forward=False)
         self.model: nn.Module = backbone
@@ -95,6 +104,8 @@ class FSDPStrategy:
         gradients = self.gradients().sharded
         torch._foreach_mul_(gradients, coefficient)
         for name, one in self._sharded.items():
+            # What torch gathers next is what the optimizer writes now.
+            assert self._parts[name].data_ptr() == one.to_local().data_ptr(), name
             self._parts[name].grad = one.grad.to_local() if isinstance(one.grad, DTensor) else None
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -116,16 +127,24 @@ class FSDPStrategy:
     def whole(self) -> Iterator[nn.Module]:
         """A second backbone with the present values, which is gone afterwards. Cost: its memory, and a gather."""
         module = self._make_backbone()
-        load_module(module, self._gathered(dict(self.backbone.state_dict())))
+        load_module(module, self.gathered(dict(self.backbone.state_dict())))
         yield module
+
+    def average(self, decay: float) -> MovingAverage:
+        """Of this rank's parts and the buffers."""
+        live = {
+            name: self._parts[name].detach() if name in self._parts else tensor
+            for name, tensor in self.backbone.state_dict().items()
+        }
+        return _AverageOfParts(live, decay, self)
 
     def backbone_state(self) -> dict[str, Tensor]:
         """Whole parameters on rank 0, in host memory, gathered one by one; buffers on every rank."""
-        return self._gathered(dict(self.backbone.state_dict()), on_main_only=True)
+        return self.gathered(dict(self.backbone.state_dict()), on_main_only=True)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Whole moments on rank 0, in host memory, gathered one by one; scalars on every rank."""
-        return self._gathered(
+        return self.gathered(
             {
                 f"{name}/{key}": value
                 for name, part in self._parts.items()
@@ -137,14 +156,10 @@ class FSDPStrategy:
 
     def load_backbone(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy this rank's rows into its parts."""
-        own = dict(self.backbone.state_dict())
-        check_tensors({name: tensor.shape for name, tensor in own.items()}, tensors)
         with torch.no_grad():
-            for name, tensor in own.items():
-                if name in self._parts:
-                    self._parts[name].copy_(self._rows(name, tensors[name]))
-                else:
-                    tensor.copy_(tensors[name])
+            own = self.backbone.state_dict()
+            for name, tensor in self.cut(tensors).items():
+                (self._parts[name] if name in self._parts else own[name]).copy_(tensor)
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """Put this rank's rows of the moments beside its parts."""
@@ -157,6 +172,15 @@ class FSDPStrategy:
                 part.device, copy=True
             )
 
+    def cut(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's rows of whole parameters, and buffers as they are.
+
+        Raises:
+            CheckpointError: names or shapes are not this backbone's.
+        """
+        check_tensors({name: tensor.shape for name, tensor in self.backbone.state_dict().items()}, tensors)
+        return {name: self._rows(name, one) if name in self._parts else one for name, one in tensors.items()}
+
     def _rows(self, name: str, whole: Tensor) -> Tensor:
         """This rank's rows of a whole tensor of the parameter `name`'s shape."""
         # Torch cuts as the class rows are cut, in blocks of ceil(rows / ranks).
@@ -165,7 +189,7 @@ class FSDPStrategy:
         assert rows.shape == self._parts[name].shape, (name, rows.shape, self._parts[name].shape)
         return rows
 
-    def _gathered(self, tensors: Mapping[str, Tensor], *, on_main_only: bool = False) -> dict[str, Tensor]:
+    def gathered(self, tensors: Mapping[str, Tensor], *, on_main_only: bool = False) -> dict[str, Tensor]:
         """Whole tensors for parts of parameters or of their moments; others, scalars and buffers, as they are."""
         found = {}
         for name, tensor in tensors.items():
@@ -180,3 +204,32 @@ class FSDPStrategy:
             elif self._world.is_main:
                 found[name] = whole.cpu()
         return found
+
+
+class _AverageOfParts(MovingAverage):
+    """A moving average of this rank's parts, whole in the checkpoint."""
+
+    def __init__(self, live: Mapping[str, Tensor], decay: float, strategy: FSDPStrategy) -> None:
+        super().__init__(live, decay)
+        self._strategy = strategy
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Whole averages on rank 0, in host memory."""
+        return self._strategy.gathered(super().state_dict(), on_main_only=True)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over this rank's rows of whole averages."""
+        averages = {name: tensor for name, tensor in state.items() if name != NUM_UPDATES}
+        super().load_state_dict(self._strategy.cut(averages) | {NUM_UPDATES: state[NUM_UPDATES]})
+
+
+def _policy(backbone: nn.Module, gathered: torch.dtype | None) -> MixedPrecisionPolicy:
+    """Blocks are gathered in `gathered`, and their gradients reduced in float32."""
+    if gathered is None:
+        return MixedPrecisionPolicy()
+    if any(isinstance(module, _BatchNorm) for block in blocks(backbone) for module in block.modules()):
+        raise ConfigError(
+            "train.fsdp_gather bfloat16 is for backbones without batch norm in their blocks (vit-tiny, vit-small, "
+            "vit-base), as batch norm takes its parameters in float32 alone; leave it out"
+        )
+    return MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)

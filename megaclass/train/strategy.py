@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megaclass.errors import CheckpointError
+from megaclass.optim.ema import MovingAverage
 
 
 class Gradients(NamedTuple):
@@ -37,8 +38,7 @@ class Strategy(Protocol):
         grad_divisor: what the wrapper divides gradients by; the class layer multiplies the embedding gradient by it.
         model: what the loop calls: images [batch, channels, height, width] -> embeddings [batch, dim].
         backbone: the module that is trained. Its tensors may be this rank's parts of them: `whole` is for evaluation,
-            `backbone_state` for checkpoints. `optim.ema.MovingAverage` averages the tensors of its `state_dict`; a
-            strategy that keeps something else there refuses `optim.ema_decay`.
+            `backbone_state` for checkpoints.
     """
 
     grad_divisor: int
@@ -85,6 +85,13 @@ class Strategy(Protocol):
         """
         ...
 
+    def average(self, decay: float) -> MovingAverage:
+        """A moving average of the backbone, in parts where that is; its `state_dict` is whole, as `backbone_state` is.
+
+        `load_state_dict` takes whole tensors on every rank, and both are called on all ranks together.
+        """
+        ...
+
     def backbone_state(self) -> dict[str, Tensor]:
         """Whole parameters and buffers by the names of the bare module's `state_dict`, in the type they are trained in.
 
@@ -93,7 +100,7 @@ class Strategy(Protocol):
         ...
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Whole tensors of the optimizer's state as `PARAMETER/KEY`; empty before the first step.
+        """Whole tensors of the optimizer's state as `PARAMETER/KEY`; before the first step empty, or zeros.
 
         KEY and layout are torch's: `momentum_buffer`, `exp_avg`, `exp_avg_sq` of the parameter's shape, `step` a
         scalar. Called on all ranks together. Rank 0 gets all; other ranks may get fewer, or none.

@@ -21,6 +21,7 @@ from megaclass.evaluate.folder import embed_folder
 from megaclass.evaluate.split import evaluate_backbone, evaluate_baselines, open_evaluation, usual_protocols
 from megaclass.parallel.process import World, choose_device
 from megaclass.train import build, state
+from megaclass.train.precision import set_tf32
 from megaclass.train.strategy import load_module
 
 
@@ -44,6 +45,9 @@ def load_backbone(run_dir: Path, path: Path | None, device: str) -> tuple[Config
             f"checkpoint {path} holds a configuration this version does not know: {error.errors()[0]['msg']}"
         ) from None
     world = World(0, 1, 0, choose_device(device, 0), None, None)
+    if world.device.type == "cuda":
+        # As in training; on a CPU there is no TF32 to have.
+        set_tf32(config.train, world.device)
     backbone = build.build_backbone(config, world)
     load_module(backbone, state.backbone_tensors(snapshot))
     return config, backbone.eval(), world

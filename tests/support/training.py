@@ -63,7 +63,7 @@ def train(content: dict[str, Any], world_size: int = 1, code: int = 0) -> list[d
 
 
 def fit_all(world: World, runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """On one rank: the losses, samples and final class weights of every run."""
+    """On one rank: the losses, norms, samples, final class weights and averaged backbone of every run."""
     return {name: fit(world, content) for name, content in runs.items()}
 
 
@@ -79,8 +79,10 @@ def fit(world: World, content: dict[str, Any]) -> dict[str, Any]:
         training.classifier.host_rows.close()
     return {
         "losses": [float(result.output.loss.detach()) for result in results],
+        "norms": [float(result.grad_norm) for result in results],
         "ids": [result.ids for result in results],
         "weight": training.classifier.weight.detach().clone(),
+        "average": {} if training.average is None else training.average.state_dict(),
     }
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megaclass import config
+from megaclass import backbones, checkpoint, config
+from megaclass.backbones import vit
 from megaclass.data.batch import Batch
 from megaclass.errors import ConfigError
 from megaclass.observe.journal import read_metrics
 from megaclass.parallel.process import World
 from megaclass.train import build, loop
+from megaclass.train.trained import judge_run
 from tests.support.spawn import spawn
 from tests.support.training import sample_ids, small_config, small_dataset, train
 from tests.system.test_resume import digest, start, train_until, wait_for_step, workers
@@ -25,7 +28,7 @@ STEPS = 20
 # Every rate of SGD shows a gradient that is too large; AdamW hides it, but has moments to keep.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"name": "sgd", "lr": 0.01, "weight_decay": 0.01},
-    "adamw": {"name": "adamw", "class_name": "adamw", "lr": 1e-4, "weight_decay": 0.1},
+    "adamw": {"name": "adamw", "class_name": "adamw", "lr": 1e-3, "weight_decay": 0.1},
 }
 
 
@@ -77,7 +80,7 @@ def cases(dataset: Path) -> dict[str, dict[str, Any]]:
             "kept": {} if strategy == "ddp" else {"train": {"fsdp_reshard": False}},
             "recomputed": {"train": {"activation_checkpointing": True}},
             "bfloat16": {"train": {"precision": "bfloat16"}},
-            "float16": {"train": {"precision": "float16"}},
+            "float16": {"train": {"precision": "float16", "loss_scale": 1024.0}},
             "local": {"backbone": {"batch_norm": "local"}},
         }
         for name, sections in more.items():
@@ -88,7 +91,7 @@ def cases(dataset: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs(dataset: Path) -> list[dict[str, dict[str, Any]]]:
-    return spawn(run_all, 2, cases(dataset), seconds=200)
+    return spawn(run_all, 2, cases(dataset), seconds=280)
 
 
 def difference(one: list[float], other: list[float]) -> float:
@@ -120,9 +123,10 @@ def test_the_losses_are_those_of_the_whole_backbone(runs: list[dict[str, dict[st
         assert difference(whole["norms"], parts["norms"]) < 20 * bound
         assert parts["losses"] == runs[0][f"fsdp/{case}"]["losses"]
         assert float((whole["weight"] - parts["weight"]).abs().max()) < 20 * bound
-    assert whole["losses"][-1] < whole["losses"][0]
     if case == "clipped/1":
         assert min(whole["norms"]) > 0.05
+    else:
+        assert whole["losses"][-1] < whole["losses"][0]
 
 
 @pytest.mark.distributed
@@ -174,15 +178,21 @@ def test_a_step_that_is_not_finite_moves_no_part(dataset: Path, accumulation: in
         assert all(same)
 
 
+def newest(run_dir: Path) -> Path:
+    path = checkpoint.find_latest(run_dir / "checkpoints")
+    assert path is not None
+    return path
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.full), "adamw"])
 def test_a_checkpoint_of_two_ranks_goes_on_at_three_and_one_and_whole(
     dataset: Path, tmp_path: Path, optimizer: str
 ) -> None:
     """2 ranks, then 3, then 1, then 2 under DDP, then 2 again: as if nothing had happened."""
     straight, moved = tmp_path / "straight", tmp_path / "moved"
-    optim = OPTIMIZERS[optimizer]
+    optim = {**OPTIMIZERS[optimizer], "ema_decay": 0.9}
     expected = train(content_of(dataset, straight, optim=optim), 2)
     for world_size, last, strategy in (
         (2, 4, "fsdp"),
@@ -199,19 +209,49 @@ def test_a_checkpoint_of_two_ranks_goes_on_at_three_and_one_and_whole(
     assert sample_ids(moved) == sample_ids(straight)
     final = [json.loads((folder / "summary.json").read_text())["evaluation"]["trained"] for folder in (straight, moved)]
     assert final[0]["retrieval"]["recall_at_1"] == pytest.approx(final[1]["retrieval"]["recall_at_1"], abs=0.1)
+    # What was judged in parts, by gathering the average, is what the checkpoint holds.
+    judged = judge_run(
+        moved, data=None, split=None, protocols=None, gallery_source=None, checkpoint=None, batch_size=256,
+        baselines=False, device="cpu",
+    )  # fmt: skip
+    assert judged["trained"]["retrieval"] == pytest.approx(final[1]["retrieval"], abs=1e-6)
+    saved = [checkpoint.load_replicated(newest(folder)).replicated for folder in (straight, moved)]
+    assert saved[0].keys() == saved[1].keys()
+    assert {name.split("/")[0] for name in saved[0]} == {"backbone", "optimizer", "average"}
+    for name, tensor in saved[0].items():
+        gap = (saved[1][name].double() - tensor.double()).norm()
+        assert float(gap) <= 1e-3 * float(tensor.double().norm()) + 1e-9, name
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.full), "adamw"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_stopped_and_continued_equals_uninterrupted_to_the_bit(dataset: Path, tmp_path: Path, optimizer: str) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    sections: dict[str, Any] = {
+        "optim": {**OPTIMIZERS[optimizer], "ema_decay": 0.9}, "train": {"accumulation_steps": 2, "steps": 10},
+    }  # fmt: skip
+    expected = train(content_of(dataset, straight, **sections), 2)
+    for last in (4, 10):
+        spawn(train_until, 2, content_of(dataset, broken, **sections), last)
+    actual = read_metrics(broken)
+    assert [line["loss_hex"] for line in actual] == [line["loss_hex"] for line in expected]
+    assert [line["attempt"] for line in actual] == [1] * 4 + [2] * 6
+    assert digest(broken) == digest(straight)
+
+
+@pytest.mark.full
+@pytest.mark.distributed
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_killed_and_continued_equals_uninterrupted_to_the_bit(dataset: Path, tmp_path: Path, optimizer: str) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    sections: dict[str, Any] = {"optim": OPTIMIZERS[optimizer], "train": {"checkpoint_every": 6, "steps": 31}}
+    optim = {**OPTIMIZERS[optimizer], "ema_decay": 0.9}
+    sections: dict[str, Any] = {"optim": optim, "train": {"checkpoint_every": 6, "steps": 31}}
     expected = train(content_of(dataset, straight, **sections), 2)
     process = start(content_of(dataset, broken, **sections), 2)
     wait_for_step(broken, 8, process)
     os.kill(workers(broken)[-1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     actual = read_metrics(broken)
     assert [line["loss_hex"] for line in actual] == [line["loss_hex"] for line in expected]
@@ -228,9 +268,9 @@ def _assert_independent(dataset: Path, sizes: tuple[int, ...], steps: int, secti
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_50_steps_agree_at_two_and_three_ranks(dataset: Path) -> None:
+def test_20_steps_agree_at_two_and_three_ranks(dataset: Path) -> None:
     """Three ranks cut nothing evenly: parts of some parameters are short, and those of a few are empty."""
-    _assert_independent(dataset, (2, 3), 50, {"optim": {"lr": 0.003, "name": "sgd"}})
+    _assert_independent(dataset, (2, 3), 20, {"optim": {"lr": 0.003, "name": "sgd"}})
 
 
 @pytest.mark.full
@@ -241,6 +281,36 @@ def test_50_steps_agree_at_every_number_of_ranks(dataset: Path, optimizer: str, 
     rate = {"sgd": 0.003, "adamw": 1e-4}[optimizer]
     optim = {"lr": rate, "name": optimizer, "class_name": optimizer}
     _assert_independent(dataset, (1, 2, 3, 4), 50, {"optim": optim, "train": {"accumulation_steps": accumulation}})
+
+
+def _with_a_small_transformer(world: World, contents: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    vit._SHAPES["two-blocks"] = (24, 2, 3)
+    backbones.register("two-blocks")(partial(vit._build, "two-blocks"))
+    return run_all(world, contents)
+
+
+@pytest.mark.distributed
+def test_a_transformer_gathered_in_bfloat16_learns_alike(dataset: Path) -> None:
+    """Half of what travels; autocast rounds the same matrices. Only layer norms and biases are rounded beyond that."""
+    low = {"precision": "bfloat16", "steps": 8}
+    sections: dict[str, Any] = {"backbone": {"name": "two-blocks", "width": 1.0}, "optim": OPTIMIZERS["sgd"]}
+    contents = {
+        name: content_of(dataset, **sections, train={**low, "fsdp_gather": name, "accumulation_steps": 2})
+        for name in ("float32", "bfloat16")
+    }
+    for rank in spawn(_with_a_small_transformer, 2, contents):
+        one, other = rank["float32"], rank["bfloat16"]
+        assert 0 < difference(one["losses"], other["losses"]) < 2e-2
+        assert all(tensor.dtype != torch.bfloat16 for tensor in other["whole"].values())
+
+
+@pytest.mark.distributed
+def test_batch_norm_is_not_gathered_in_bfloat16(dataset: Path) -> None:
+    content = content_of(dataset, train={"precision": "bfloat16", "fsdp_gather": "bfloat16"})
+    with pytest.raises(
+        AssertionError, match=r"fsdp_gather bfloat16 is for backbones without batch norm in their blocks"
+    ):
+        spawn(run, 2, content)
 
 
 @pytest.mark.full
@@ -270,9 +340,9 @@ def test_every_backbone_can_be_cut(dataset: Path, backbone: str) -> None:
             "leave one of the two out",
         ),
         (
-            {"optim": {"ema_decay": 0.9}},
-            "optim.ema_decay 0.9 keeps a second whole backbone, which train.strategy fsdp is there to avoid; leave it "
-            "out, or use strategy ddp",
+            {"train": {"fsdp_gather": "bfloat16"}},
+            "train.fsdp_gather bfloat16 is what blocks then compute with, and train.precision is float32; use "
+            "precision bfloat16, or leave it out",
         ),
         (
             {"train": {"strategy": "ddp", "fsdp_reshard": False}},

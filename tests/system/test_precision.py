@@ -13,8 +13,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from megaclass import checkpoint, config
+from megaclass import backbones, checkpoint, config
+from megaclass.backbones import Norm, Sizes
 from megaclass.errors import ConfigError
 from megaclass.parallel.process import World
 from megaclass.train import build, loop, state
@@ -75,10 +77,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "recomputed, accumulated": {"train": {"accumulation_steps": 2, "activation_checkpointing": True}},
     "plain, local": {"backbone": {"batch_norm": "local"}},
     "recomputed, local": {"backbone": {"batch_norm": "local"}, "train": {"activation_checkpointing": True}},
-    "float16": {"train": {"precision": "float16"}},
-    "float16, recomputed": {"train": {"precision": "float16", "activation_checkpointing": True}},
+    "float16": {"train": {"precision": "float16", "loss_scale": 1024.0}},
+    "float16, recomputed": {"train": {"precision": "float16", "loss_scale": 1024.0, "activation_checkpointing": True}},
     "bfloat16, channels last": {"train": {"precision": "bfloat16", "channels_last": True}},
-    "float16, learned bias": {"train": {"precision": "float16"}, "classifier": {"preset": "sphereface2"}},
+    "float16, learned bias": {
+        "train": {"precision": "float16", "loss_scale": 1024.0},
+        "classifier": {"preset": "sphereface2"},
+    },
     "plain, learned bias": {"classifier": {"preset": "sphereface2"}},
     "overflow": {"train": {"precision": "float16", "loss_scale": 2.0**30, "non_finite_limit": 100, "steps": 25}},
 }
@@ -139,13 +144,13 @@ def test_float16_learns_as_float32_does(runs: dict[int, list[dict[str, Any]]], s
     one, other = runs[size][0][exact], runs[size][0][low]
     assert one["losses"] != other["losses"]
     assert all(other["taken"])
-    # float16 has eleven bits. A gradient that kept the scale would be 65,536 times too large.
+    # float16 has eleven bits. A gradient that kept the scale would be 1,024 times too large.
     assert relative(one["losses"], other["losses"]) < 5e-3
     assert relative(one["norms"], other["norms"]) < 5e-2
     assert float((one["weight"] - other["weight"]).abs().max()) < 2e-2 * float(one["weight"].abs().max())
     for rank in runs[size]:
         assert rank[low]["losses"] == other["losses"]
-        assert rank[low]["scales"] == [65536.0] * STEPS
+        assert rank[low]["scales"] == [1024.0] * STEPS
 
 
 @pytest.mark.distributed
@@ -205,8 +210,8 @@ def _stops_and_goes_on(world: World, content: dict[str, Any], folder: Path) -> l
 @pytest.mark.parametrize(
     ("train", "optim"),
     [
-        # The scale of 2^24 overflows in some steps before the checkpoint.
-        ({"precision": "float16", "loss_scale": 2.0**24, "channels_last": True}, {"name": "sgd"}),
+        # The scale of 2^15 overflows in some steps before the checkpoint.
+        ({"precision": "float16", "loss_scale": 2.0**15, "channels_last": True}, {"name": "sgd"}),
         ({"channels_last": True}, {"name": "adamw"}),
     ],
 )
@@ -235,34 +240,49 @@ def test_the_scale_doubles_after_many_good_steps() -> None:
     assert (other.scale, other.num_good) == (8.0, 0)
 
 
+def _one_convolution(sizes: Sizes, norm: Norm) -> nn.Module:
+    """The least that has everything a compiler sees in a backbone: a tenth of the time to compile `tiny`."""
+    return nn.Sequential(
+        nn.Conv2d(sizes.channels, 4, 3, stride=4), norm(4, 2), nn.SiLU(), nn.Flatten(),
+        nn.Linear(4 * 4 * 4, sizes.dim), norm(sizes.dim, 0, learn_scale=False),
+    )  # fmt: skip
+
+
+def _run_one_convolution(world: World, contents: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    backbones.register("one-convolution")(_one_convolution)
+    return run_all(world, contents)
+
+
+def _assert_compiled_alike(dataset: Path, sections: dict[str, Any], bound: float) -> None:
+    contents = {
+        name: content_of(dataset, **{**sections, "train": {**sections.get("train", {}), "compile": name == "compiled"}})
+        for name in ("plain", "compiled")
+    }
+    for rank in spawn(_run_one_convolution, 2, contents, seconds=290):
+        plain, compiled = rank["plain"], rank["compiled"]
+        assert 0 < relative(plain["losses"], compiled["losses"]) < bound
+        # Names without a prefix, and nothing in the running statistics of the pass that made the program.
+        assert compiled["backbone"].keys() == plain["backbone"].keys()
+        for name, tensor in plain["backbone"].items():
+            torch.testing.assert_close(compiled["backbone"][name], tensor, rtol=100 * bound, atol=10 * bound)
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_compiled_backbone_gives_the_same_under_the_same_names(
-    dataset: Path, runs: dict[int, list[dict[str, Any]]]
-) -> None:
+def test_a_compiled_backbone_gives_the_same_under_the_same_names(dataset: Path) -> None:
     check_compiler(torch.device("cpu"))
-    sections = {"backbone": {"batch_norm": "local"}, "train": {"compile": True}}
-    ranks = spawn(run, 2, content_of(dataset, **sections), seconds=250)
-    for rank, plain in zip(ranks, runs[2], strict=True):
-        plain = plain["plain, local"]
-        assert relative(plain["losses"], rank["losses"]) < 1e-5
-        assert rank["backbone"].keys() == plain["backbone"].keys()
-        # Making the program beforehand has left nothing in the running statistics.
-        for name, tensor in plain["backbone"].items():
-            torch.testing.assert_close(rank["backbone"][name], tensor, rtol=1e-3, atol=1e-4)
+    backbone = {"name": "one-convolution", "width": 1.0, "batch_norm": "local"}
+    _assert_compiled_alike(dataset, {"backbone": backbone}, 1e-5)
 
 
 @pytest.mark.full
 @pytest.mark.distributed
+@pytest.mark.parametrize("batch_norm", ["local", "sync"])
 @pytest.mark.parametrize("train", [{}, {"precision": "bfloat16"}, {"channels_last": True}, {"accumulation_steps": 2}])
-def test_compiled_with_everything_else(dataset: Path, train: dict[str, Any]) -> None:
+def test_compiled_with_everything_else(dataset: Path, train: dict[str, Any], batch_norm: str) -> None:
     """Synchronised batch norm: the program is cut at every one."""
-    plain, compiled = (
-        spawn(run, 2, content_of(dataset, train={**train, "compile": is_compiled}), seconds=290)[0]
-        for is_compiled in (False, True)
-    )
-    bound = 1e-5 if "precision" not in train else 2e-2
-    assert relative(plain["losses"], compiled["losses"]) < bound
+    sections = {"backbone": {"batch_norm": batch_norm}, "train": train}
+    _assert_compiled_alike(dataset, sections, 2e-2 if "precision" in train else 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Training does not depend on the number of ranks: losses and class weights within rounding, the same samples.
 
 Every preset for some steps; longer whatever carries something from one step to the next: neighbours, a running state, a
-learned bias, schedules; and for 50 steps, on up to four ranks, what rounds in float32. The steps are those of the real trainer; what is written around them is
-tested elsewhere.
+learned bias, schedules; and for 50 steps, on up to four ranks, what rounds in float32. The steps are those of the real
+trainer; what is written around them is tested elsewhere.
 """
 
 from __future__ import annotations

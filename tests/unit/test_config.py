@@ -44,7 +44,7 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
         "train.global_batch_size: 'abc' is not allowed: must be a number (Input should be a valid integer, unable to "
         "parse string as an integer)",
         "train.seed: -1 is not allowed: Input should be greater than or equal to 0",
-        "train.strategy: 'dpp' is not allowed: allowed are 'auto' or 'ddp'; did you mean 'ddp'?",
+        "train.strategy: 'dpp' is not allowed: allowed are 'auto', 'ddp', 'fsdp' or 'deepspeed'; did you mean 'ddp'?",
         "unknown option train.stepz; did you mean train.steps?",
         "unknown option classifer; did you mean classifier?",
     ]
