@@ -117,6 +117,11 @@ def overlap_faults(train: Train, batch_norm: str, row_memory: str) -> list[str]:
             "train.row_stream: rows that visit the device (classifier.row_memory host) are copied by a stream of their "
             "own already, which knows no third one; leave one of the two out"
         )
+    if train.row_stream and train.strategy not in ("auto", "ddp"):
+        faults.append(
+            f"train.row_stream is for train.strategy ddp, and that is {train.strategy}, which has streams of its own; "
+            "leave it out"
+        )
     if train.gather_slices == 1:
         return faults
     if batch_norm == "sync":
@@ -128,7 +133,7 @@ def overlap_faults(train: Train, batch_norm: str, row_memory: str) -> list[str]:
     if train.strategy not in ("auto", "ddp"):
         faults.append(
             f"train.gather_slices {train.gather_slices} calls the backbone once for every slice, and train.strategy "
-            f"{train.strategy} would gather its parameters as often; use strategy ddp or gather_slices 1"
+            f"{train.strategy} is made for one call a micro-batch; use strategy ddp or gather_slices 1"
         )
     return faults
 

@@ -87,7 +87,7 @@ def test_the_planner_counts_the_slices() -> None:
 def test_what_slices_cannot_do_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"train\.gather_slices 5 .*batch_norm sync needs the whole batch at once"):
         _settings(backbone={"batch_norm": "sync"})
-    with pytest.raises(ConfigError, match=r"train\.gather_slices 5 calls .* train\.strategy fsdp would gather"):
+    with pytest.raises(ConfigError, match=r"train\.gather_slices 5 calls .* train\.strategy fsdp is made for one call"):
         _settings(train={"strategy": "fsdp"})
     with pytest.raises(ConfigError, match=r"train\.gather_slices 5: the sampler 'batch' \(d-softmax-b\) sends most"):
         forecast(_settings(classifier={"preset": "d-softmax-b", "sampling_rate": 0.5}), 1000, 2, find("cpu"))

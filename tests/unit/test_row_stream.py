@@ -86,6 +86,8 @@ def test_where_there_is_no_second_stream_it_is_refused(tmp_path: Path) -> None:
     world = World(0, 1, 0, torch.device("cpu"), None, None)
     with pytest.raises(ConfigError, match=r"train\.row_stream is for CUDA, and this run is on cpu, whose cores"):
         build.build(config.validate(content), world)
+    with pytest.raises(ConfigError, match=r"train\.row_stream is for train\.strategy ddp, and that is fsdp"):
+        config.validate({**content, "train": {**content["train"], "strategy": "fsdp"}})
     content["classifier"]["row_memory"] = "host"
     with pytest.raises(ConfigError, match=r"train\.row_stream: rows that visit the device .* leave one of the two out"):
         config.validate(content)
