@@ -37,7 +37,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
-def content_of(dataset: Path, run_dir: Path = Path("never-written"), **sections: dict[str, Any]) -> dict[str, Any]:
+def content_of(dataset: Path, run_dir: Path = Path("never-written"), /, **sections: dict[str, Any]) -> dict[str, Any]:
     sections["train"] = {"steps": STEPS, "strategy": "fsdp", **sections.get("train", {})}
     sections["optim"] = {"warmup_steps": 0, "ema_decay": None, **sections.get("optim", {})}
     return small_config(dataset, run_dir, **sections)
