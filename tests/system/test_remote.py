@@ -250,7 +250,7 @@ def test_options_that_do_not_go_together(
     content["dataset"] |= {"reader": "indexed", "shuffle_buffer": 5}
     assert main(["train", str(run_file(content, tmp_path))]) == 2
     told = capsys.readouterr().err
-    assert "dataset.shuffle_buffer: 5 is not allowed: only dataset.reader stream has a buffer" in told
+    assert "dataset.shuffle_buffer: 5 is not allowed: only dataset.reader stream and dali-stream have a buffer" in told
     content["dataset"]["shuffle_buffer"] = None
     assert main(["train", str(run_file(content, tmp_path))]) == 2
     told = capsys.readouterr().err
