@@ -178,6 +178,7 @@ def _evaluation(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "summary.json").read_text())["evaluation"]["trained"]
 
 
+@pytest.mark.full
 def test_killed_and_continued_equals_uninterrupted_to_the_bit(dataset: Path, tmp_path: Path) -> None:
     """A rank is killed with SIGKILL between two checkpoints, and the agent starts both anew."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
