@@ -123,11 +123,12 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/everything)
 	$(GPU_HEAD) --num-classes 60000000 --preset d-softmax-k --sampling-rate 0.015625 --json docs/gpu/sampled.json; \
 	} | tee docs/gpu/RESULTS.txt
 
-# Tests that start several processes run one after the other; the others two at a time. Both parts run, whatever fails.
+# Tests that start several ranks run one after the other, the rest two at a time. Both parts run, whatever fails.
+ELSEWHERE := not full and not nodes and not slurm and not docker
 test: $(VENV)/everything
 	failed=0; export OMP_NUM_THREADS=1; \
-	$(BIN)/pytest -n 2 --dist loadfile tests/unit tests/test_layers.py || failed=1; \
-	$(BIN)/pytest tests/distributed tests/gpu tests/system || failed=1; \
+	$(BIN)/pytest -n 2 --dist loadfile -m "not distributed and $(ELSEWHERE)" || failed=1; \
+	$(BIN)/pytest -m "distributed and $(ELSEWHERE)" || failed=1; \
 	exit $$failed
 
 #   make test-full the whole grid of the oracle test: every loss x sampler x kernel x world size x odd size; a million
