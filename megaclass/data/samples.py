@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megaclass.data.bad_samples import BadSample
 from megaclass.data.batch import Batch
-from megaclass.data.decode import decode_into
+from megaclass.data.decode import Header, decode_into, judge_header
 from megaclass.data.manifest import SplitInfo, load_index, load_manifest, load_split
 from megaclass.data.members import (
     HEADER_BYTES,
@@ -34,6 +34,8 @@ from megaclass.errors import ConfigError, DataError
 
 _MAX_OPEN_SHARDS = 128
 _COUNTED_TOGETHER = 2**17
+# The header of nearly every image lies within.
+_IMAGE_FRONT_BYTES = 4096
 
 
 class StoredSamples:
@@ -184,18 +186,35 @@ class StoredSamples:
             raise error.as_data_error() from None
         return sample.key, self._paths[int(self._shard_numbers[sample_id])].name
 
-    def place(self, sample_id: int) -> tuple[int, MemberPlaces]:
-        """Where a sample begins in its shard, and where its members lie from there; only their headers are read.
+    def place(self, sample_id: int) -> tuple[int, MemberPlaces, Header]:
+        """Where a sample begins in its shard, where its members lie from there, and what its image says of itself.
 
         Raises:
-            DataError: there is no image with a label there.
+            DataError: there is no image with a label there, or none that could be used, as far as headers show.
+
+        Cost: a few kilobytes are read; the whole sample where the header of its image is longer.
         """
         record, shard = self._records[sample_id], int(self._shard_numbers[sample_id])
         offset, length = int(record["offset"]), int(record["length"])
         where = f"shard {self._paths[shard]}, byte {offset}"
         try:
             file = self._file(shard)
-            return offset, place_members(lambda start: os.pread(file, HEADER_BYTES, offset + start), length)
+            front = os.pread(file, min(length, HEADER_BYTES + _IMAGE_FRONT_BYTES), offset)
+
+            def header_at(start: int) -> bytes:
+                if start + HEADER_BYTES <= len(front):
+                    return front[start : start + HEADER_BYTES]
+                return os.pread(file, HEADER_BYTES, offset + start)
+
+            at = place_members(header_at, length)
+            end = at.image_start + at.image_size
+            try:
+                return offset, at, judge_header(front[at.image_start : end], at.extension)
+            except BadSample:
+                if end <= len(front):
+                    raise
+            whole = os.pread(file, at.image_size, offset + at.image_start)
+            return offset, at, judge_header(whole, at.extension)
         except OSError as error:
             raise DataError(f"{where}: {error.strerror}") from None
         except BadSample as error:

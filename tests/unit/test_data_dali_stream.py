@@ -25,6 +25,7 @@ from megaclass.data.open_order import OrderOptions
 from megaclass.errors import DataError
 from tests.support.tiny_dataset import tar_member, write_tiny_dataset
 from tests.support.training import sample_ids, small_config
+from tests.unit.test_data_decode import blank_png
 from tests.unit.test_data_indexed import break_image, replace_sample, stored_label
 
 SIZE = 16
@@ -115,6 +116,18 @@ def test_the_same_command_gives_the_same_batches(folder: Path) -> None:
     assert ids(read(folder, 8, seed=5)) != ids(one)
 
 
+def test_one_image_of_another_size_and_a_long_header(folder: Path) -> None:
+    """All are resized then; a header beyond the first kilobytes is found."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 23, 3), np.uint8))
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", exif=b"Exif\0\0" + bytes(9000))
+    label = np.array([3], "<i8").tobytes()
+    odd = replace_sample(folder, 2, 1, tar_member("x.jpg", stream.getvalue()) + tar_member("x.label", label), label=3)
+    batches = read(folder, 5)
+    assert odd in ids(batches)
+    assert all(batch.images.shape == (12, 3, SIZE, SIZE) for batch in batches)
+
+
 def test_half_of_the_images_are_flipped(folder: Path) -> None:
     plain = {
         int(sample): image for batch in read(folder, 5) for sample, image in zip(batch.ids, batch.images, strict=True)
@@ -178,6 +191,8 @@ def test_a_label_that_is_not_that_of_the_index_is_named(folder: Path) -> None:
     [
         (lambda: tar_member("x.pyd", b"x"), "expected an image"),
         (lambda: tar_member("x.png", _png()) + tar_member("y.label", bytes(8)), "expected member 'x.label'"),
+        (lambda: tar_member("x.png", blank_png(13_300)) + tar_member("x.label", bytes(8)), "image-too-large"),
+        (lambda: tar_member("x.jpg", b"#!/bin/sh") + tar_member("x.label", bytes(8)), "bad-image"),
         (lambda: tar_member("x.png", b"/etc/passwd", b"2") + tar_member("x.label", bytes(8)), "only regular files"),
     ],
 )
