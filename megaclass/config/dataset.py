@@ -5,7 +5,7 @@ Separate because what one reader can do and another cannot is checked beside the
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -14,6 +14,25 @@ from megaclass.config.augment import Augment, beyond_dali
 from megaclass.config.remote import DataLocation, Remote
 from megaclass.config.sampling import STREAMING
 from megaclass.config.section import Section
+
+# What a reader cannot do: option -> reader -> why not, and what to do instead.
+_BEYOND: dict[str, dict[str, str]] = {
+    "num_classes": {
+        "stream": "dataset.reader stream reads whole shards; use indexed",
+        "dali-stream": "dataset.reader dali-stream reads whole shards; use dali or indexed",
+        "synthetic": "dataset.reader synthetic makes as many classes as dataset.synthetic.num_classes; give that",
+    },
+    "shuffle_window": {
+        "stream": "dataset.reader stream mixes shards through dataset.shuffle_buffer; give that, or use indexed",
+        "dali-stream": "dataset.reader dali-stream mixes through dataset.shuffle_buffer; give that, or use dali",
+        "synthetic": "dataset.reader synthetic has no shards",
+    },
+    "shuffle_buffer": dict.fromkeys(
+        ("indexed", "dali", "synthetic"), "only dataset.reader stream and dali-stream have a buffer; leave it out"
+    ),
+    "label_noise": {name: f"dataset.reader {name} knows the true labels only; use indexed" for name in STREAMING},
+    "on_bad_sample": {"dali-stream": "dataset.reader dali-stream has no substitutes; use stop, or reader dali"},
+}
 
 
 class Synthetic(Section):
@@ -72,56 +91,13 @@ class Dataset(Section):
     augment: Augment = Augment()
     synthetic: Synthetic = Synthetic()
 
-    @field_validator("num_classes")
+    @field_validator(*_BEYOND)
     @classmethod
-    def _only_indexed(cls, value: int | None, info: ValidationInfo) -> int | None:
-        reason = {
-            "stream": "dataset.reader stream reads whole shards; use indexed",
-            "dali-stream": "dataset.reader dali-stream reads whole shards; use dali or indexed",
-            "synthetic": "dataset.reader synthetic makes as many classes as dataset.synthetic.num_classes; give that",
-        }.get(info.data.get("reader", ""))
-        if value is not None and reason is not None:
+    def _within_the_reader(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        reason = _BEYOND[info.field_name].get(info.data.get("reader", ""))
+        if reason is not None and value != cls.model_fields[info.field_name].default:
             raise PydanticCustomError("reader", "{reason}", {"reason": reason})
-        return value
-
-    @field_validator("shuffle_buffer")
-    @classmethod
-    def _only_streamed(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and info.data.get("reader") not in STREAMING:
-            raise PydanticCustomError(
-                "reader", "only dataset.reader stream and dali-stream have a buffer; leave it out"
-            )
-        return value
-
-    @field_validator("shuffle_window")
-    @classmethod
-    def _only_with_shards(cls, value: int | None, info: ValidationInfo) -> int | None:
-        reason = {
-            "stream": "dataset.reader stream mixes shards through dataset.shuffle_buffer; give that, or use indexed",
-            "dali-stream": "dataset.reader dali-stream mixes through dataset.shuffle_buffer; give that, or use dali",
-            "synthetic": "dataset.reader synthetic has no shards",
-        }.get(info.data.get("reader", ""))
-        if value is not None and reason is not None:
-            raise PydanticCustomError("reader", "{reason}", {"reason": reason})
-        return value
-
-    @field_validator("label_noise")
-    @classmethod
-    def _not_streamed(cls, value: float, info: ValidationInfo) -> float:
-        reader = info.data.get("reader")
-        if value and reader in STREAMING:
-            raise PydanticCustomError(
-                "reader", "dataset.reader {reader} knows the true labels only; use indexed", {"reader": reader}
-            )
-        return value
-
-    @field_validator("on_bad_sample")
-    @classmethod
-    def _with_substitutes(cls, value: str, info: ValidationInfo) -> str:
-        if value == "skip" and info.data.get("reader") == "dali-stream":
-            raise PydanticCustomError(
-                "reader", "dataset.reader dali-stream has no substitutes; use stop, or reader dali"
-            )
         return value
 
     @field_validator("augment")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megaclass.backbones.norm import SynchronisedBatchNorm
 from megaclass.errors import ConfigError
+from megaclass.train.strategy import remember_buffers
 
 
 def check_compiler(device: torch.device) -> None:
@@ -61,12 +62,10 @@ def compile_backbone(backbone: nn.Module, images: Tensor, context: AbstractConte
         if isinstance(module, SynchronisedBatchNorm):
             module.synchronised = torch.compiler.disable(module.synchronised)  # type: ignore[method-assign]
     compiled: nn.Module = torch.compile(backbone)  # type: ignore[assignment]
-    before = [(buffer, buffer.clone()) for buffer in backbone.buffers()]
+    put_buffers_back = remember_buffers(backbone)
     with context:
         embeddings = compiled(images)
     embeddings.float().sum().backward()
     backbone.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for buffer, values in before:
-            buffer.copy_(values)
+    put_buffers_back()
     return compiled

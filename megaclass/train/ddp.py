@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from megaclass.optim.ema import MovingAverage
 from megaclass.parallel.process import World
 from megaclass.train.bucket_order import fix_bucket_order
-from megaclass.train.strategy import Gradients, load_module
+from megaclass.train.strategy import Gradients, load_module, remember_buffers
 
 # torch 2.13 renamed the option and warns about the old name, which 2.11 still needs.
 _NEW_NAME = "forward_sync_buffers"
@@ -51,8 +51,8 @@ class DDPStrategy:
         self.model: nn.Module = forward if self._wrapped is None else self._wrapped
 
     def begin(self) -> None:
-        """Remember the buffers; running statistics are a few numbers per channel."""
-        self._before = [(buffer, buffer.clone()) for buffer in self.backbone.buffers()]
+        """Remember the buffers."""
+        self._put_buffers_back = remember_buffers(self.backbone)
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         """No traffic before the last micro-batch."""
@@ -79,9 +79,7 @@ class DDPStrategy:
     def skip(self) -> None:
         """Clear the gradients and put the buffers back: one NaN would stay in a running mean for ever."""
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for buffer, before in self._before:
-                buffer.copy_(before)
+        self._put_buffers_back()
 
     def whole(self) -> AbstractContextManager[nn.Module]:
         """The backbone itself."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from megaclass.errors import ConfigError, NumericError
 from megaclass.optim.ema import MovingAverage
 from megaclass.parallel.process import World, group_of_one
-from megaclass.train.strategy import Gradients, check_tensors, load_module
+from megaclass.train.strategy import Gradients, check_tensors, load_module, remember_buffers
 
 
 class DeepSpeedStrategy:
@@ -87,8 +87,8 @@ class DeepSpeedStrategy:
         self._make_state()
 
     def begin(self) -> None:
-        """Remember the buffers; running statistics are a few numbers per channel."""
-        self._before = [(buffer, buffer.clone()) for buffer in self.backbone.buffers()]
+        """Remember the buffers."""
+        self._put_buffers_back = remember_buffers(self.backbone)
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         """Tell the engine which micro-batch is the last; stages 2 and 3 reduce gradients in each."""
@@ -130,9 +130,7 @@ class DeepSpeedStrategy:
         """The engine's step without gradients for the optimizer; the buffers are put back."""
         self._coefficient = None
         self.engine.step()
-        with torch.no_grad():
-            for buffer, before in self._before:
-                buffer.copy_(before)
+        self._put_buffers_back()
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:

@@ -25,7 +25,7 @@ from megaclass.optim.ema import NUM_UPDATES, MovingAverage
 from megaclass.parallel.collectives import gather_uneven
 from megaclass.parallel.process import World, mesh_of
 from megaclass.parallel.shard import ClassShard
-from megaclass.train.strategy import Gradients, check_tensors, load_module
+from megaclass.train.strategy import Gradients, check_tensors, load_module, remember_buffers
 
 MakeOptimizer = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
 
@@ -82,8 +82,8 @@ class FSDPStrategy:
         self.optimizer = make_optimizer(self._parts)
 
     def begin(self) -> None:
-        """Remember the buffers; running statistics are a few numbers per channel."""
-        self._before = [(buffer, buffer.clone()) for buffer in self.backbone.buffers()]
+        """Remember the buffers."""
+        self._put_buffers_back = remember_buffers(self.backbone)
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         """Gradients are summed whole on this rank before the last micro-batch, and reduced with it."""
@@ -115,9 +115,7 @@ class FSDPStrategy:
     def skip(self) -> None:
         """Clear the gradients and put the buffers back."""
         self._clear()
-        with torch.no_grad():
-            for buffer, before in self._before:
-                buffer.copy_(before)
+        self._put_buffers_back()
 
     def _clear(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -8,7 +8,7 @@ same names and types whatever wrote them, so that a run may go on under another 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -29,6 +29,18 @@ class Gradients(NamedTuple):
 
     replicated: list[Tensor]
     sharded: list[Tensor]
+
+
+def remember_buffers(module: nn.Module) -> Callable[[], None]:
+    """Copies the buffers of a module, a few numbers per channel; what it returns puts them back."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for buffer, values in before:
+                buffer.copy_(values)
+
+    return put_back
 
 
 class Strategy(Protocol):

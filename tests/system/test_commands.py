@@ -18,9 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from megaclass.checkpoint import find_latest, verify
 from megaclass.cli import main
 from megaclass.observe.journal import read_metrics
+from tests.support.interrupted import start, wait_for_step
 from tests.support.tiny_dataset import encode, tiny_image
 from tests.support.training import small_config, small_dataset, train
-from tests.system.test_resume import start, wait_for_step
 
 
 @pytest.fixture(scope="module")

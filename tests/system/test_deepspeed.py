@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from megaclass.observe.journal import read_metrics
 from megaclass.optim.rowwise import RowGradient
 from megaclass.parallel.process import World
 from megaclass.train import build, loop
+from tests.support.interrupted import assert_same_to_the_bit, digest, killed_and_continued, start, train_until
 from tests.support.spawn import spawn
 from tests.support.training import fit_all, small_config, small_dataset, train, train_all
-from tests.system.test_resume import digest, start, train_until, wait_for_step, workers
 
 pytestmark = [
     pytest.mark.distributed,
@@ -183,16 +181,9 @@ def test_killed_and_continued_equals_uninterrupted_to_the_bit(dataset: Path, tmp
     """A rank is killed with SIGKILL between two checkpoints, and the agent starts both anew."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     options: dict[str, Any] = {"stage": 2, "optimizer": "adamw", "steps": 24, "checkpoint_every": 8}
-    expected = train(content_of(dataset, straight, **options), 2)
-    process = start(content_of(dataset, broken, **options), 2)
-    wait_for_step(broken, 11, process)
-    os.kill(workers(broken)[-1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=250)
-    assert process.returncode == 0, output
-    actual = read_metrics(broken)
-    assert [line["loss_hex"] for line in actual] == [line["loss_hex"] for line in expected]
-    assert {line["attempt"] for line in actual} == {1, 2}
-    assert digest(broken) == digest(straight)
+    train(content_of(dataset, straight, **options), 2)
+    output = killed_and_continued(content_of(dataset, broken, **options), 2, 11)
+    assert_same_to_the_bit(straight, broken)
     assert "[INFO]" not in output, "DeepSpeed talks"
     assert "[WARNING]" not in output
 

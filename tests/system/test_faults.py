@@ -16,9 +16,9 @@ from megaclass.data.batch import Batch
 from megaclass.observe.journal import replayed_steps
 from megaclass.parallel.process import World
 from megaclass.train import build, loop
+from tests.support.interrupted import start
 from tests.support.spawn import spawn
 from tests.support.training import small_config, small_dataset, train
-from tests.system.test_resume import start
 
 
 @pytest.fixture(scope="module")

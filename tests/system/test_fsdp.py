@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,9 @@ from megaclass.observe.journal import read_metrics
 from megaclass.parallel.process import World
 from megaclass.train import build, loop
 from megaclass.train.trained import judge_run
+from tests.support.interrupted import assert_same_to_the_bit, digest, killed_and_continued, train_until
 from tests.support.spawn import spawn
 from tests.support.training import sample_ids, small_config, small_dataset, train
-from tests.system.test_resume import digest, start, train_until, wait_for_step, workers
 
 STEPS = 20
 # Every rate of SGD shows a gradient that is too large; AdamW hides it, but has moments to keep.
@@ -247,16 +245,9 @@ def test_killed_and_continued_equals_uninterrupted_to_the_bit(dataset: Path, tmp
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     optim = {**OPTIMIZERS[optimizer], "ema_decay": 0.9}
     sections: dict[str, Any] = {"optim": optim, "train": {"checkpoint_every": 6, "steps": 31}}
-    expected = train(content_of(dataset, straight, **sections), 2)
-    process = start(content_of(dataset, broken, **sections), 2)
-    wait_for_step(broken, 8, process)
-    os.kill(workers(broken)[-1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    actual = read_metrics(broken)
-    assert [line["loss_hex"] for line in actual] == [line["loss_hex"] for line in expected]
-    assert {line["attempt"] for line in actual} == {1, 2}
-    assert digest(broken) == digest(straight)
+    train(content_of(dataset, straight, **sections), 2)
+    killed_and_continued(content_of(dataset, broken, **sections), 2, 8)
+    assert_same_to_the_bit(straight, broken)
 
 
 def _assert_independent(dataset: Path, sizes: tuple[int, ...], steps: int, sections: dict[str, Any]) -> None:

@@ -25,11 +25,11 @@ from megaclass.data.address import parse_location
 from megaclass.data.folder import open_folder
 from megaclass.observe.journal import read_metrics
 from megaclass.parallel.process import World
+from tests.support.interrupted import digest, start
 from tests.support.shard_server import Fault, ShardServer, serve
 from tests.support.spawn import spawn
 from tests.support.tiny_dataset import write_tiny_dataset
 from tests.support.training import sample_ids, small_config, train
-from tests.system.test_resume import digest, start
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 NUM_SAMPLES = 185
