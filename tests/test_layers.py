@@ -46,6 +46,7 @@ LAYERS = {
     "backbones": 1,
     "data.batch": 1,
     "data.manifest": 1,
+    "data.records": 1,
     "data.address": 1,
     "config": 1,
     "objectives": 0,

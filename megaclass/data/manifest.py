@@ -26,6 +26,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megaclass.data.address import Address, Location
+from megaclass.data.records import read_records
 from megaclass.errors import DataError
 
 FORMAT = 1
@@ -184,15 +185,9 @@ def load_index(folder: Path, split_name: str, split: SplitInfo) -> tuple[np.ndar
         if not path.is_file():
             raise DataError(f"index file {path} is missing; make the data set again")
         try:
-            with path.open("rb") as file:
-                # Not `np.load`, which also knows archives and pickles.
-                records = np.lib.format.read_array(file, allow_pickle=False)
-        # A damaged header makes numpy's parser raise nearly anything.
-        except Exception as error:
-            told = " ".join(str(error).split())[:300] or type(error).__name__
-            raise DataError(f"index file {path} cannot be read: {told}; make the data set again") from None
-        if records.dtype != INDEX_DTYPE or records.ndim != 1:
-            raise DataError(f"index file {path} has records of type {records.dtype}; expected {INDEX_DTYPE}")
+            records = read_records(path, INDEX_DTYPE)
+        except (OSError, DataError) as error:
+            raise DataError(f"index file {path} cannot be read: {error}; make the data set again") from None
         if len(records) != shard.num_samples:
             raise DataError(
                 f"index file {path} lists {len(records)} samples but dataset.json says {shard.num_samples}; "
@@ -244,13 +239,9 @@ def load_pairs(folder: Path, split: SplitInfo) -> np.ndarray | None:
     if not path.is_file():
         raise DataError(f"file of pairs {path} is missing; make the data set again")
     try:
-        # Mapped, so that a header that declares more than the file holds fails instead of taking the memory.
-        pairs = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
-    # A damaged header makes numpy's parser raise nearly anything.
-    except Exception as error:
+        pairs = read_records(path, PAIR_DTYPE)
+    except (OSError, DataError) as error:
         raise DataError(f"file of pairs {path} cannot be read: {error}; make the data set again") from None
-    if pairs.dtype != PAIR_DTYPE or pairs.ndim != 1:
-        raise DataError(f"file of pairs {path} has records of type {pairs.dtype}; expected {PAIR_DTYPE}")
     ends = np.stack([pairs["left"], pairs["right"]])
     bad = np.flatnonzero(((ends < 0) | (ends >= split.num_samples)).any(axis=0) | (pairs["is_same"] > 1))
     if len(bad):

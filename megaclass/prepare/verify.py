@@ -6,7 +6,6 @@ per shard the file's size and hash, its index, its members and each sample (labe
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from megaclass.data.manifest import (
     load_manifest,
     load_pairs,
 )
+from megaclass.data.records import read_records
 from megaclass.errors import DataError
 from megaclass.prepare.digest import file_sha256
 from megaclass.prepare.encode import MAX_FILE_BYTES, UnreadableImage, decode
@@ -224,16 +224,12 @@ class _Checker:
                 return None
             if file_sha256(path) != self._shard.index_sha256:
                 self._index_faults.add("SHA-256 differs from dataset.json")
-            # Mapped, so that a header that declares more than the file holds fails instead of taking the memory.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                records = np.lib.format.open_memmap(path, mode="r")
-        # numpy parses the header as Python source, and damage there surfaces as whatever that parser raises.
-        except Exception as error:
-            self._index_faults.add(f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
+            records = read_records(path, INDEX_DTYPE)
+        except OSError as error:
+            self._index_faults.add(f"cannot be read: {error.strerror}")
             return None
-        if records.dtype != INDEX_DTYPE or records.ndim != 1:
-            self._index_faults.add(f"is not a list of records of type {INDEX_DTYPE}")
+        except DataError as error:
+            self._index_faults.add(f"cannot be read: {error}")
             return None
         if len(records) != self._shard.num_samples:
             self._index_faults.add(f"lists {len(records)} samples but dataset.json says {self._shard.num_samples}")

@@ -173,7 +173,7 @@ def test_index_of_wrong_length_type_or_content(folder: Path) -> None:
     assert f"{INDEX}: lists 19 samples but dataset.json says 20" in faults
     assert f"{TAR}: holds 20 samples but its index lists 19" in faults
     change_index(folder, lambda records: records["label"].copy())
-    assert f"{INDEX}: is not a list of records" in faults_of(folder)
+    assert f"{INDEX}: cannot be read: its header does not declare what its bytes are" in faults_of(folder)
     np.save(folder / INDEX, np.array([{}], dtype=object), allow_pickle=True)
     seal(folder)
     assert f"{INDEX}: cannot be read" in faults_of(folder)
