@@ -145,7 +145,7 @@ class ClassLayer(torch.autograd.Function):
                     travelling_norm = reduce_scatter_batch(d_norm * grad_loss * divisor, classifier.group)
             with part("weight pass"), classifier.beside(ctx.sums, ctx.draw, batch, own, cosine, d_cosine, d_total):
                 classifier.receive_rows(
-                    ctx.sums.row_pass(d_total),
+                    lambda out: ctx.sums.row_pass(d_total, out),
                     None if ctx.draw.rows is None else rows_of(ctx.draw.rows, classifier.loss.rows_per_class),
                     _own_row_gradient(batch.own, own, batch.at_own(cosine), d_cosine),
                     ctx.loss,

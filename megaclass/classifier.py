@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megaclass.class_layer import ClassLayer, Pass
 from megaclass.counter import mix
 from megaclass.host_rows import HostRows
-from megaclass.kernels.interface import RowBlock
+from megaclass.kernels.interface import RowBlocks
 from megaclass.kernels.row_gradient import RowGradient, RowUpdate, collect, merge
 from megaclass.loss import Balance, Loss
 from megaclass.marks import part
@@ -213,7 +213,7 @@ class ShardedClassifier(nn.Module):
         pending, self._row_gradients = self._row_gradients, []
         return merge(pending) if pending else None
 
-    def receive_rows(self, blocks: Iterator[RowBlock], rows: Tensor | None, own: RowGradient, loss: Tensor) -> None:
+    def receive_rows(self, blocks: RowBlocks, rows: Tensor | None, own: RowGradient, loss: Tensor) -> None:
         """Take what the backward pass finds for the rows: update them block by block, or keep their gradient.
 
         Args:
@@ -230,7 +230,7 @@ class ShardedClassifier(nn.Module):
                 gradient = self.host_rows.in_shard(gradient)
             self._row_gradients.append(gradient)
         elif bool(torch.isfinite(loss)):
-            self.row_update(blocks, rows, own)
+            self.row_update(blocks(None), rows, own)
 
     def beside(self, *inputs: object) -> AbstractContextManager[None]:
         """The block of the backward pass that calls `receive_rows`; `inputs` hold all tensors that it reads."""

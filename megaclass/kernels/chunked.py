@@ -110,7 +110,7 @@ def forward(
         loaded.append(rows if keep_rows else None)
         inverse[start * candidates.rows_per_class : stop * candidates.rows_per_class] = rows.inverse
 
-    def row_pass(coefficients: Tensor) -> Iterator[RowBlock]:
+    def row_pass(coefficients: Tensor, out: Tensor | None = None) -> Iterator[RowBlock]:
         weighted = embeddings * coefficients[:, None]
         per_class = candidates.rows_per_class
         for number, (start, stop) in enumerate(layer.chunks()):
@@ -120,7 +120,8 @@ def forward(
             left = weighted
             if now.shift is not None and maximum is not None:
                 left = weighted * _exponential_of_difference(now.shift, maximum)[:, None]
-            direction = layer.multiplied(now.slopes.T, left, layer.scratch("direction", last - first, left.shape[1]))
+            memory = layer.scratch("direction", last - first, left.shape[1]) if out is None else out[first:last]
+            direction = layer.multiplied(now.slopes.T, left, memory)
             # Only the part across the row counts: its length is normalised away.
             along = torch.mul(rows.values, direction, out=layer.scratch("along", *direction.shape))
             radial = along.sum(dim=1).mul_(rows.inverse.square())

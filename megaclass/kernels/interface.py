@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ class RowBlock:
 
     Attributes:
         start, stop: which of the rows that the candidates stand for (positions in `Candidates.weight_rows`).
-        values: [stop - start, dim], float32 (float64 for float64 rows); valid until the next block is asked for.
+        values: [stop - start, dim], float32 (float64 for float64 rows); valid until the next block is asked for, unless
+            they stand in memory that was given for all.
         rows: [stop - start, dim], the rows themselves in the type of `values`, if the kernel has them at hand: a view
             of the class weights where those are all candidates and of that type, else a copy that may be written to.
     """
@@ -79,6 +81,23 @@ class RowBlock:
     rows: Tensor | None = None
 
 
+# Memory for the gradient of all rows or None -> that gradient, block by block.
+RowBlocks = Callable[[Tensor | None], Iterator[RowBlock]]
+
+
+class RowPass(Protocol):
+    """The second pass over the candidates, once the loss is known."""
+
+    def __call__(self, coefficients: Tensor, out: Tensor | None = None) -> Iterator[RowBlock]:
+        """The gradient of the candidates' rows, block by block in rising order; may be called once.
+
+        Args:
+            coefficients: [m] derivative of the loss in each `Negatives.total`.
+            out: memory [rows, dim] in which the blocks are to stand; None: a block's memory is the next one's too.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Negatives:
     """What the forward pass over one shard's negatives gives.
@@ -87,8 +106,7 @@ class Negatives:
         total: [m], sum over this shard's negatives of what each contributes, divided by e^{maximum} where there is
             one; partial: sum over shards (after bringing the maxima together).
         embedding_gradient: [m, dim], gradient of `total` in each embedding; partial: sum over shards.
-        row_pass: [m] derivatives of the loss in each `total` -> the gradient of the candidates' rows, block by block in
-            rising order; may be called once.
+        row_pass: the second pass.
         maximum: [m], this shard's largest exponent of each sample, for a term that uses it; minus infinity where there
             is no negative.
         bias_derivative: [m], derivative of `total` in the learned bias, for a term that has one; partial.
@@ -97,7 +115,7 @@ class Negatives:
 
     total: Tensor
     embedding_gradient: Tensor
-    row_pass: Callable[[Tensor], Iterator[RowBlock]]
+    row_pass: RowPass
     maximum: Tensor | None = None
     bias_derivative: Tensor | None = None
     monitor: Monitor | None = None

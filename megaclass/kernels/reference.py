@@ -50,10 +50,10 @@ def forward(
 
     on_best = torch.zeros_like(every).scatter_(2, best[:, :, None], slopes[:, :, None]).flatten(1)
 
-    def row_pass(coefficients: Tensor) -> Iterator[RowBlock]:
+    def row_pass(coefficients: Tensor, out: Tensor | None = None) -> Iterator[RowBlock]:
         direction = (coefficients[:, None] * on_best).T @ embeddings
         tangential = direction - unit * (unit * direction).sum(dim=1, keepdim=True)
-        yield RowBlock(0, len(unit), tangential * inverse)
+        yield RowBlock(0, len(unit), torch.mul(tangential, inverse, out=out))
 
     seen = None
     if monitor:

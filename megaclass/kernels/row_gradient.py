@@ -6,13 +6,13 @@ the size of the whole matrix is ever made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megaclass.kernels.interface import RowBlock
+from megaclass.kernels.interface import RowBlock, RowBlocks
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class RowGradient:
 RowUpdate = Callable[[Iterator[RowBlock], Tensor | None, RowGradient], None]
 
 
-def collect(blocks: Iterable[RowBlock], rows: Tensor | None, num_rows: int, own: RowGradient) -> RowGradient:
+def collect(blocks: RowBlocks, rows: Tensor | None, num_rows: int, own: RowGradient) -> RowGradient:
     """The gradient of the candidates' rows and that of the samples' own rows as one.
 
     Args:
-        blocks: the gradient of the candidates' rows, as the kernel makes it.
+        blocks: the gradient of the candidates' rows, as the kernel makes it in memory it is given.
         rows: [n] which rows those are, sorted; None: all `num_rows`.
         num_rows: rows of the shard.
         own: gradients of the samples' own rows; its rows are given and sorted.
@@ -47,18 +47,21 @@ def collect(blocks: Iterable[RowBlock], rows: Tensor | None, num_rows: int, own:
     dim = own.values.shape[1]
     if rows is None:
         values = own.values.new_empty(num_rows, dim)
-        for block in blocks:
-            values[block.start : block.stop] = block.values
+        _fill(values, blocks)
         return RowGradient(None, values.index_add_(0, own.rows, own.values))
     position, is_candidate = found(own.rows, rows)
     alone = (~is_candidate).nonzero()[:, 0]
     values = own.values.new_empty(len(rows) + len(alone), dim)
-    for block in blocks:
-        values[block.start : block.stop] = block.values
+    _fill(values[: len(rows)], blocks)
     values[len(rows) :] = own.values[alone]
     together = is_candidate.nonzero()[:, 0]
     values.index_add_(0, position[together], own.values[together])
     return RowGradient(torch.cat([rows, own.rows[alone]]), values)
+
+
+def _fill(values: Tensor, blocks: RowBlocks) -> None:
+    for block in blocks(values):
+        assert block.values.data_ptr() == values[block.start :].data_ptr(), "a kernel left the memory it was given"
 
 
 def found(wanted: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

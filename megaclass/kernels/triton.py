@@ -246,14 +246,15 @@ def forward(
             *common, total, gradient, seen, m, n, dim, weight.stride(0), *numbers, **shape, parts=_PARTS
         )  # fmt: skip
 
-    def row_pass(coefficients: Tensor) -> Iterator[RowBlock]:
-        values = embeddings.new_empty(min(n, BLOCK_ROWS), dim)
+    def row_pass(coefficients: Tensor, out: Tensor | None = None) -> Iterator[RowBlock]:
+        block = embeddings.new_empty(min(n, BLOCK_ROWS) if out is None else 0, dim)
         for start in range(0, n, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, n)
+            values = block[: stop - start] if out is None else out[start:stop]
             _rows[(triton.cdiv(stop - start, shape["classes"]),)](
                 *common, coefficients.contiguous(), values, start, m, stop, dim, weight.stride(0), *numbers, **shape
             )
-            yield RowBlock(start, stop, values[: stop - start])
+            yield RowBlock(start, stop, values)
 
     found = None
     if monitor:

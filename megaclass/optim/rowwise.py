@@ -147,8 +147,8 @@ class RowOptimizer(ABC):
 
         `loaded` is what the kernel has of the rows already, a view or a copy of them (`RowBlock.rows`).
         """
-        state = {name: _widened(entry[where]) for name, entry in self.state.items()}
-        weight = _widened(self._weight[where]) if loaded is None else loaded
+        state = {name: _widened(_taken(entry, where)) for name, entry in self.state.items()}
+        weight = _widened(_taken(self._weight, where)) if loaded is None else loaded
         assert values.dtype == weight.dtype, (values.dtype, weight.dtype)
         self._update(weight, state, values, lr)
         key = stream_key(self._seed, STREAM_ROUNDING, number)
@@ -299,6 +299,11 @@ def build(name: str, weight: Tensor, optim: Optim, *, seed: int = 0, first_row: 
 def _wide_type(dtype: torch.dtype) -> torch.dtype:
     """The type numbers of `dtype` are computed in."""
     return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def _taken(entry: Tensor, where: slice | Tensor) -> Tensor:
+    """A view of a range of rows, or a copy of single ones; indexing would take several times as long on the CPU."""
+    return entry[where] if isinstance(where, slice) else entry.index_select(0, where)
 
 
 def _widened(part: Tensor) -> Tensor:

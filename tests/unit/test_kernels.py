@@ -93,6 +93,15 @@ def all_rows(sums: Negatives, coefficients: Tensor) -> Tensor:
     return torch.cat(values)
 
 
+def all_rows_in_given_memory(sums: Negatives, coefficients: Tensor, num_rows: int) -> Tensor:
+    """The same, where every block has to stand at its place in one piece of memory."""
+    memory = coefficients.new_full((num_rows, sums.embedding_gradient.shape[1]), torch.nan)
+    for block in sums.row_pass(coefficients, memory):
+        assert block.values.data_ptr() == memory[block.start :].data_ptr()
+        assert block.values.shape == memory[block.start : block.stop].shape
+    return memory
+
+
 def same(actual: Tensor | None, expected: Tensor | None) -> None:
     """Equal up to rounding, relative to the largest entry."""
     assert (actual is None) == (expected is None)
@@ -122,6 +131,8 @@ def compare(layer: Layer, chunk: int, keep: bool) -> None:
     num_rows = (layer.classes if layer.drawn is None else min(layer.drawn, layer.classes)) * layer.rows_per_class
     assert len(got_rows) == len(want_rows) == num_rows
     same(got_rows, want_rows)
+    for kernel in negatives.KERNELS:
+        same(all_rows_in_given_memory(layer.run(kernel), coefficients, num_rows), want_rows)
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -249,12 +249,13 @@ def test_a_step_in_the_backward_pass_equals_one_after_it(ours, drawn, is_low):
         values = torch.randn(size, DIM, generator=generator)
         own = RowGradient(torch.tensor([0, 4, 12]), torch.randn(3, DIM, generator=generator))
 
-        def blocks(values=values, size=size):
+        def blocks(out=None, values=values, size=size):
             for start in range(0, size, 3):
                 stop = min(start + 3, size)
-                yield RowBlock(start, stop, values[start:stop].clone())
+                block = values[start:stop].clone() if out is None else out[start:stop].copy_(values[start:stop])
+                yield RowBlock(start, stop, block)
 
-        first.step(collect(blocks(), rows, NUM_ROWS, own), 0.05, number)
+        first.step(collect(blocks, rows, NUM_ROWS, own), 0.05, number)
         second.step_in_backward(blocks(), rows, own, 0.05, number)
     assert torch.equal(*weights)
     assert all(torch.equal(first.state[name], second.state[name]) for name in first.state)

@@ -59,16 +59,26 @@ def all_rows(sums: Negatives, coefficients: Tensor) -> Tensor:
     return torch.cat([coefficients.new_empty(0, sums.embedding_gradient.shape[1]), *blocks])
 
 
+def all_rows_in_given_memory(sums: Negatives, coefficients: Tensor, num_rows: int) -> Tensor:
+    memory = coefficients.new_full((num_rows, sums.embedding_gradient.shape[1]), torch.nan)
+    for block in sums.row_pass(coefficients, memory):
+        assert block.values.data_ptr() == memory[block.start :].data_ptr()
+    return memory
+
+
 def assert_equal_to_reference(embeddings: Tensor, candidates: Candidates, labels: Tensor, term: Term) -> None:
     relative = 3e-3 if embeddings.is_cuda and candidates.weight.dtype == torch.bfloat16 else 1e-5
     coefficients = torch.linspace(-0.5, 1, len(embeddings), device=embeddings.device)
     got = negatives.forward(embeddings, candidates, labels, term, monitor=True, kernel="triton")
+    got_rows = all_rows(got, coefficients)
+    again = negatives.forward(embeddings, candidates, labels, term, kernel="triton")
+    assert torch.equal(all_rows_in_given_memory(again, coefficients, len(got_rows)), got_rows)
     exact = replace(candidates, weight=candidates.weight.double())
     want = reference.forward(embeddings.double(), exact, labels, term, monitor=True)
     for actual, expected in (
         (got.total, want.total),
         (got.embedding_gradient, want.embedding_gradient),
-        (all_rows(got, coefficients), all_rows(want, coefficients.double())),
+        (got_rows, all_rows(want, coefficients.double())),
     ):
         assert actual.dtype == torch.float32
         assert actual.shape == expected.shape
