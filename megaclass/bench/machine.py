@@ -15,17 +15,11 @@ import torch
 from torch import nn
 
 from megaclass.bench import ranks
+from megaclass.bench.messages import Sent, sent
 from megaclass.bench.operators import Turn, groups
 from megaclass.config import Config
-from megaclass.parallel.collectives import (
-    all_gather_batch,
-    max_over_ranks,
-    reduce_scatter_batch,
-    route_rows,
-    sum_over_ranks,
-)
 from megaclass.parallel.process import World
-from megaclass.plan.machine import Machine, Message
+from megaclass.plan.machine import Machine
 from megaclass.plan.program import Program, program
 from megaclass.plan.work import Work
 from megaclass.train import build
@@ -33,8 +27,6 @@ from megaclass.train import build
 _ROUNDS = 5
 # Parts of a step that work block by block.
 _BLOCKS = ("class layer", "class rows", "row optimizer")
-# Bytes of a rank's own tensor: one that only its latency counts for, and one that only its size does.
-_SMALL, _LARGE = 256, 4 * 2**20
 # Enough batches of the reader that the shards are open and the workers at work.
 _BATCHES = 4
 
@@ -66,6 +58,7 @@ def together(found: list[Machine]) -> Machine:
         jitter=mean(one.jitter for one in found),
         operators=operators,
         messages=first.messages,
+        wrapper=(mean(one.wrapper[0] for one in found), mean(one.wrapper[1] for one in found)),
         sample_seconds=mean(one.sample_seconds for one in found),
     )
 
@@ -74,7 +67,7 @@ def _measure(world: World, calls: Program, config: Config) -> Machine:
     rounds = Rounds(calls)
     for _ in range(_ROUNDS):
         rounds.take()
-    return rounds.machine(world, messages(world), sample_seconds(config, world))
+    return rounds.machine(world, sent(world), sample_seconds(config, world))
 
 
 class Rounds:
@@ -117,7 +110,7 @@ class Rounds:
         """All operators."""
         return list(itertools.chain.from_iterable(self._groups))
 
-    def machine(self, world: World, messages: dict[str, Message], reader: float) -> Machine:
+    def machine(self, world: World, exchanges: Sent, reader: float) -> Machine:
         """What this rank found."""
         middle = median(self._totals)
         return Machine(
@@ -129,7 +122,8 @@ class Rounds:
             overhead=median(self._overheads),
             jitter=pstdev(self._totals) / middle if middle else 0.0,
             operators={turn.operator.key: turn.known for turn in self.turns},
-            messages=messages,
+            messages=exchanges.messages,
+            wrapper=exchanges.wrapper,
             sample_seconds=reader,
         )
 
@@ -161,45 +155,6 @@ def overhead() -> float:
         torch.ops.aten.silu.default(alone)
         torch.ops.aten.silu_backward.default(alone, alone)
     return max(0.0, (taken - (time.process_time() - begin)) / 128)
-
-
-def messages(world: World, repeats: int = 5) -> dict[str, Message]:
-    """Start and seconds per byte of each collective among the ranks; nothing for one rank."""
-    if world.size == 1:
-        return {}
-    small = _exchanges(world, _SMALL, 4 * repeats)
-    large = _exchanges(world, _LARGE, repeats)
-    found = {}
-    for name in small:
-        slopes = [max(0.0, (large[name][i] - small[name][i]) / (_LARGE - _SMALL)) for i in (0, 1)]
-        found[name] = Message((small[name][0], slopes[0]), (small[name][1], slopes[1]))
-    return found
-
-
-def _exchanges(world: World, num_bytes: int, repeats: int) -> dict[str, tuple[float, float]]:
-    """Wall and processor seconds of each collective, on tensors of so many bytes on each rank."""
-    size, number = world.size, num_bytes // 4
-    own = torch.ones(number // size * size, 1)
-    each = [len(own) // size] * size
-    ways: dict[str, Callable[[], Any]] = {
-        "all-reduce": lambda: sum_over_ranks(own, world.group),
-        "maximum": lambda: max_over_ranks(own, world.group),
-        "all-gather": lambda: all_gather_batch(own, world.group),
-        "reduce-scatter": lambda: reduce_scatter_batch(own, world.group).wait(),
-        "all-to-all": lambda: route_rows(own, each, each, world.group).wait(),
-    }
-    found = {}
-    for name, way in ways.items():
-        wall, cpu = [], []
-        for turn in range(repeats + 1):
-            sum_over_ranks(torch.ones(1), world.group)
-            begin, used = time.perf_counter(), time.process_time()
-            way()
-            if turn:
-                wall.append(time.perf_counter() - begin)
-                cpu.append(time.process_time() - used)
-        found[name] = median(wall), median(cpu)
-    return found
 
 
 def sample_seconds(config: Config, world: World) -> float:

@@ -15,6 +15,7 @@ from megaclass import config as configuration
 from megaclass.bench import machine as machines
 from megaclass.bench import measure, ranks
 from megaclass.bench.cases import Modelled
+from megaclass.bench.messages import sent
 from megaclass.config import Config
 from megaclass.parallel.process import World
 from megaclass.plan import backbone, step
@@ -68,7 +69,7 @@ def _alternate(world: World, config: Config, calls: Program, blocks: int, steps:
     training.num_steps = max(training.num_steps, (blocks + 2) * (steps + _COLD))
     batches = iter(training.reader)
     rounds = machines.Rounds(calls)
-    messages = machines.messages(world)
+    exchanges = sent(world)
     wall: list[float] = []
     cpu: list[float] = []
     try:
@@ -87,7 +88,7 @@ def _alternate(world: World, config: Config, calls: Program, blocks: int, steps:
     finally:
         training.reader.close()
     reader = machines.sample_seconds(config, world)
-    return Found(wall, cpu, rounds.machine(world, messages, reader))
+    return Found(wall, cpu, rounds.machine(world, exchanges, reader))
 
 
 def error(report: dict[str, Any]) -> float:

@@ -21,6 +21,7 @@ class BackboneWork:
 
     Attributes:
         num_parameters: trained numbers.
+        num_tensors: that hold them.
         parameter_bytes: of them.
         gathered_bytes: of the parameters that are whole at once where ranks hold parts (`train.strategy: fsdp`): those
             outside of the blocks, and the two largest blocks, as the next one is gathered while one computes.
@@ -31,6 +32,7 @@ class BackboneWork:
     """
 
     num_parameters: int
+    num_tensors: int
     parameter_bytes: int
     gathered_bytes: int
     activation_bytes: int
@@ -66,6 +68,7 @@ def trace(config: Config, batch: int) -> BackboneWork:
     share = batch / len(images)
     return BackboneWork(
         num_parameters=sum(parameter.numel() for parameter in parameters),
+        num_tensors=len(parameters),
         parameter_bytes=_parameter_bytes(backbone),
         gathered_bytes=_gathered_bytes(backbone),
         activation_bytes=int(size * share) // (2 if config.train.precision in ("bfloat16", "float16") else 1),

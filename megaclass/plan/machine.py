@@ -15,7 +15,7 @@ from typing import Any
 from megaclass.errors import ConfigError
 from megaclass.plan.operators import Operator
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class Machine:
         overhead: of one call from Python, with its part of autograd, beside the operator itself.
         jitter: relative standard deviation of the whole round of operators from one round to the next.
         operators: by `Operator.key`.
-        messages: by name of the collective.
+        messages: by name of the collective, among other work.
+        wrapper: of the processor, what DistributedDataParallel takes in a step for itself and for each parameter,
+            beside its messages and the copies of gradients.
         sample_seconds: of the processor to read one sample; 0 where the reader was not measured.
     """
 
@@ -81,6 +83,7 @@ class Machine:
     jitter: float
     operators: dict[str, Known]
     messages: dict[str, Message] = field(default_factory=dict)
+    wrapper: tuple[float, float] = (0.0, 0.0)
     sample_seconds: float = 0.0
 
     def seconds(self, operator: Operator) -> tuple[float, str]:
@@ -124,7 +127,8 @@ def load(file: Path) -> Machine:
             name: Message(tuple(one["wall"]), tuple(one["cpu"])) for name, one in content.pop("messages").items()
         }
         operators = {key: Known(**one) for key, one in content.pop("operators").items()}
-        return Machine(**content, operators=operators, messages=messages)
+        wrapper = tuple(content.pop("wrapper"))
+        return Machine(**content, operators=operators, messages=messages, wrapper=wrapper)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"--machine {file}: not a profile of a machine ({error}); make one with `megaclass bench machine`"

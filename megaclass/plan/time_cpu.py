@@ -113,6 +113,7 @@ def cpu_time(
         sent = messages(work, program, exchanges)
         cpu["messages"] = sum(count * machine.messages[name].cpu_seconds(size) for name, size, count in sent)
         cpu["gradient buckets"] = _BUCKET_PASSES * network.parameter_bytes / machine.copied
+        cpu["wrapper"] = machine.wrapper[0] + machine.wrapper[1] * network.num_tensors
         waits["messages"] = sum(
             count * max(0.0, machine.messages[name].seconds(size) - machine.messages[name].cpu_seconds(size))
             for name, size, count in sent
