@@ -111,16 +111,19 @@ class ClassLayer(torch.autograd.Function):
             facts = Facts(norm, stream_key(loss.seed, STREAM_MARGIN, this.draw_id))
             chosen = slice(None) if draw.batch_rows is None else draw.batch_rows
             candidates = Candidates(rows.weight, draw.rows, draw.log_weight, loss.rows_per_class)
+            memory = classifier.memory.take()
             sums = negatives.forward(
                 batch.inter,
                 candidates,
                 rows.own[chosen],
                 _term(classifier, cosine, own, facts, chosen, this.values),
                 monitor=this.monitor,
+                memory=memory,
                 kernel=classifier.kernel,
             )
             terms, derivatives = _loss_and_derivatives(classifier, cosine, own, facts, sums, draw, this)
         ctx.classifier, ctx.sums, ctx.draw, ctx.batch, ctx.loss = classifier, sums, draw, batch, terms[0].detach()
+        ctx.memory = memory
         ctx.save_for_backward(
             own.row, own.weight_row, own.unit, own.inverse, cosine,
             derivatives.cosine, derivatives.total, derivatives.norm, derivatives.bias,
@@ -150,6 +153,7 @@ class ClassLayer(torch.autograd.Function):
                     _own_row_gradient(batch.own, own, batch.at_own(cosine), d_cosine),
                     ctx.loss,
                 )
+            classifier.memory.give_back(ctx.memory)
             if d_bias is not None:
                 classifier.add_bias_gradient(sum_over_ranks(d_bias * grad_loss, classifier.group))
             with part("reduce-scatter"):

@@ -18,6 +18,7 @@ from megaclass.class_layer import ClassLayer, Pass
 from megaclass.counter import mix
 from megaclass.host_rows import HostRows
 from megaclass.kernels.interface import RowBlocks
+from megaclass.kernels.memory import Pool
 from megaclass.kernels.row_gradient import RowGradient, RowUpdate, collect, merge
 from megaclass.loss import Balance, Loss
 from megaclass.marks import part
@@ -98,6 +99,7 @@ class ShardedClassifier(nn.Module):
         state: running scalar of the negative map, the same on every rank; None for a loss without one.
         row_update: writes the rows during the backward pass, block by block, where a strategy has said so; None keeps
             their gradient until `take_row_gradient`.
+        memory: what passes take over from each other.
         row_stream: where the rows' part of the backward pass runs; None for the stream of everything else.
         cpu_seconds: processor time this process has spent in the class layer; 0 on a GPU, where it means nothing.
     """
@@ -149,6 +151,8 @@ class ShardedClassifier(nn.Module):
         self.cpu_seconds = 0.0
         self.row_update: RowUpdate | None = None
         self.row_stream: RowStream | None = None
+        self.memory = Pool(self.device)
+        self._gradient_memory = Pool(self.device)
         self._row_gradients: list[RowGradient] = []
         self._bias_gradient: Tensor | None = None
         self._proposed_states: list[Tensor] = []
@@ -207,6 +211,7 @@ class ShardedClassifier(nn.Module):
         """The gradient of the class weights since the last call, merged over micro-batches; None if there was none.
 
         Called in every step, also where the backward pass writes the rows itself: what follows sees them written.
+        Hold the gradient itself as long as you read a part of it: its memory is used again when nobody does.
         """
         if self.row_stream is not None:
             self.row_stream.join()
@@ -224,7 +229,9 @@ class ShardedClassifier(nn.Module):
                 waits for the device).
         """
         if self.row_update is None:
-            gradient = collect(blocks, rows, len(self.weight), own)
+            memory = self._gradient_memory.take()
+            gradient = collect(blocks, rows, len(self.weight), own, memory)
+            self._gradient_memory.give_back_after(gradient.values, memory)
             if self.host_rows is not None:
                 # Micro-batches see different parts: what is merged must count the rows of the shard.
                 gradient = self.host_rows.in_shard(gradient)

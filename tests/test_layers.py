@@ -123,6 +123,7 @@ STANDARD = {
     "typing",
     "math",
     "functools",
+    "weakref",
     "difflib",
     "itertools",
     "contextlib",

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megaclass.kernels.interface import Candidates, Monitor, Negatives, RowBlock
+from megaclass.kernels.interface import Candidates, Monitor, Negatives, RowBlock, rows_of
+from megaclass.kernels.memory import Memory
 from megaclass.kernels.product import low_precision, product
 from megaclass.kernels.terms import Exponential, Summed, Term
 
 # About 2,048 rows keep a chunk's logits and rows in the second- and third-level cache of a CPU core.
 CHUNK_ROWS = 2048
-# Slopes up to this size are kept for the second pass rather than computed again: one third of its work.
+# Slopes and drawn rows up to this size are kept for the second pass: that saves one third of its work, or gathering.
 KEEP_BYTES = 256 * 2**20
 
 
@@ -66,14 +67,20 @@ def keeps_rows(num_drawn: int | None, dim: int) -> bool:
 
 
 def forward(
-    embeddings: Tensor, candidates: Candidates, labels: Tensor, term: Term, *, monitor: bool = False
+    embeddings: Tensor,
+    candidates: Candidates,
+    labels: Tensor,
+    term: Term,
+    *,
+    monitor: bool = False,
+    memory: Memory | None = None,
 ) -> Negatives:
     """Sums accumulated over chunks of classes; see `negatives.Kernel`.
 
     Cost: [m, CHUNK_ROWS] logits and [CHUNK_ROWS, dim] rows at a time; [m, n] slopes, and drawn rows [n, dim], if they
     fit KEEP_BYTES.
     """
-    layer = _Layer(embeddings, candidates, labels, term)
+    layer = _Layer(embeddings, candidates, labels, term, memory or Memory())
     num_drawn = None if candidates.rows is None else len(candidates.rows) * candidates.rows_per_class
     keep_rows = keeps_rows(num_drawn, embeddings.shape[1])
     keep = keeps_slopes(len(embeddings), layer.num_classes * candidates.rows_per_class)
@@ -84,7 +91,7 @@ def forward(
     kept: list[_Kept] = []
     loaded: list[_Rows | None] = []
     inverse = embeddings.new_empty(layer.num_classes * candidates.rows_per_class)
-    layer.keeps_logits = keep
+    layer.keeps_logits, layer.keeps_rows = keep, keep_rows
     for start, stop in layer.chunks():
         rows = layer.rows(start, stop)
         cosines, best = layer.cosines(rows)
@@ -120,8 +127,8 @@ def forward(
             left = weighted
             if now.shift is not None and maximum is not None:
                 left = weighted * _exponential_of_difference(now.shift, maximum)[:, None]
-            memory = layer.scratch("direction", last - first, left.shape[1]) if out is None else out[first:last]
-            direction = layer.multiplied(now.slopes.T, left, memory)
+            place = layer.scratch("direction", last - first, left.shape[1]) if out is None else out[first:last]
+            direction = layer.multiplied(now.slopes.T, left, place)
             # Only the part across the row counts: its length is normalised away.
             along = torch.mul(rows.values, direction, out=layer.scratch("along", *direction.shape))
             radial = along.sum(dim=1).mul_(rows.inverse.square())
@@ -143,13 +150,13 @@ def _exponential_of_difference(smaller: Tensor, larger: Tensor) -> Tensor:
 class _Layer:
     """The arguments of one forward pass, with the steps both passes take for a chunk of classes [start, stop)."""
 
-    def __init__(self, embeddings: Tensor, candidates: Candidates, labels: Tensor, term: Term) -> None:
+    def __init__(self, embeddings: Tensor, candidates: Candidates, labels: Tensor, term: Term, memory: Memory) -> None:
         self.embeddings, self.candidates, self.labels, self.term = embeddings, candidates, labels, term
         self.num_classes = candidates.num_classes
         self.use_maximum = isinstance(term, Exponential) and term.use_maximum
         self.is_low = candidates.weight.dtype == torch.bfloat16
-        self.keeps_logits = False
-        self._scratch: dict[str, Tensor] = {}
+        self.keeps_logits = self.keeps_rows = False
+        self._memory = memory
         # An exponential's slope is its value times the scale, which is applied together with the inverse lengths.
         self.factor = term.scale if isinstance(term, Exponential) else 1.0
 
@@ -158,10 +165,7 @@ class _Layer:
 
         Allocated anew for every chunk it would leave a CPU's heap in pieces several times the size of a chunk.
         """
-        size = num_rows * num_columns
-        if name not in self._scratch or self._scratch[name].numel() < size:
-            self._scratch[name] = self.embeddings.new_empty(size)
-        return self._scratch[name][:size].view(num_rows, num_columns)
+        return self._memory.piece(name, num_rows, num_columns, self.embeddings)
 
     def chunks(self) -> list[tuple[int, int]]:
         """Ranges of candidates; sub-centres make them shorter, so that a chunk's rows stay as many."""
@@ -174,21 +178,32 @@ class _Layer:
         `inverse` is 1 / length where it is known.
         """
         weight, rows, per_class = self.candidates.weight, self.candidates.rows, self.candidates.rows_per_class
+        first, last = start * per_class, stop * per_class
+        is_wide = weight.dtype == self.embeddings.dtype
         if rows is None:
-            chunk = weight[start * per_class : stop * per_class]
-        elif per_class == 1:
-            chunk = weight.index_select(0, rows[start:stop])
+            chunk = weight[first:last]
         else:
-            chunk = weight.unflatten(0, (-1, per_class)).index_select(0, rows[start:stop]).flatten(0, 1)
-        if chunk.dtype != self.embeddings.dtype:
-            # Drawn rows may be kept, so theirs is memory of their own.
-            is_own = rows is not None
-            chunk = chunk.to(self.embeddings.dtype) if is_own else self.scratch("rows", *chunk.shape).copy_(chunk)
+            numbers = rows_of(rows[start:stop], per_class)
+            place = (
+                self._place(first, last)
+                if is_wide
+                else self._memory.piece("low rows", len(numbers), weight.shape[1], weight)
+            )
+            chunk = torch.index_select(weight, 0, numbers, out=place)
+        if not is_wide:
+            chunk = self._place(first, last).copy_(chunk)
         if inverse is None:
             length = torch.linalg.vector_norm(chunk, dim=1)
             # A row of length zero has no direction: cosine and gradient are zero.
             inverse = torch.where(length > 0, 1 / length, 0.0)
         return _Rows(chunk, inverse)
+
+    def _place(self, first: int, last: int) -> Tensor:
+        """Memory for rows [first, last), one's own if they are to be kept."""
+        dim = self.embeddings.shape[1]
+        if not self.keeps_rows:
+            return self.scratch("rows", last - first, dim)
+        return self.scratch("kept rows", self.num_classes * self.candidates.rows_per_class, dim)[first:last]
 
     def multiplied(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         """The matrix product in the precision that the rows are stored for."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megaclass.kernels import chunked, reference
 from megaclass.kernels.interface import Candidates, Negatives, RowBlock
+from megaclass.kernels.memory import Memory
 from megaclass.kernels.terms import Exponential, Summed, Term
 
 __all__ = [
@@ -44,17 +45,31 @@ class Kernel(Protocol):
         labels: [m] int64 local class of each sample, -1 elsewhere; the own class is left out of the sum.
         term: what a negative contributes.
         monitor: whether to fill in `Negatives.monitor`.
+        memory: for what is large and not needed after the second pass; default: new memory.
     """
 
     def __call__(
-        self, embeddings: Tensor, candidates: Candidates, labels: Tensor, term: Term, *, monitor: bool = False
+        self,
+        embeddings: Tensor,
+        candidates: Candidates,
+        labels: Tensor,
+        term: Term,
+        *,
+        monitor: bool = False,
+        memory: Memory | None = None,
     ) -> Negatives:
         """Give the sums, their gradient and the second pass."""
         ...
 
 
 def _triton(
-    embeddings: Tensor, candidates: Candidates, labels: Tensor, term: Term, *, monitor: bool = False
+    embeddings: Tensor,
+    candidates: Candidates,
+    labels: Tensor,
+    term: Term,
+    *,
+    monitor: bool = False,
+    memory: Memory | None = None,
 ) -> Negatives:
     """The fused kernels, whose library is imported only here."""
     try:
@@ -65,7 +80,7 @@ def _triton(
         raise ValueError(
             "kernel triton needs the package triton; pip install 'megaclass[triton]', or use classifier.kernel chunked"
         ) from None
-    return triton.forward(embeddings, candidates, labels, term, monitor=monitor)
+    return triton.forward(embeddings, candidates, labels, term, monitor=monitor, memory=memory)
 
 
 KERNELS: dict[str, Kernel] = {"reference": reference.forward, "chunked": chunked.forward}
@@ -79,6 +94,7 @@ def forward(
     term: Term,
     *,
     monitor: bool = False,
+    memory: Memory | None = None,
     kernel: str = "auto",
 ) -> Negatives:
     """Sums over this shard's negatives, by the chosen kernel; arguments as in `Kernel`.
@@ -87,4 +103,4 @@ def forward(
     here and 2 (or, recomputing, 4) m n dim in `row_pass`.
     """
     chosen: Callable[..., Negatives] = (KERNELS | FUSED)["chunked" if kernel == "auto" else kernel]
-    return chosen(embeddings, candidates, labels, term, monitor=monitor)
+    return chosen(embeddings, candidates, labels, term, monitor=monitor, memory=memory)

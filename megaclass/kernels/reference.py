@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 
 from megaclass.kernels.interface import Candidates, Monitor, Negatives, RowBlock
+from megaclass.kernels.memory import Memory
 from megaclass.kernels.terms import Exponential, Term
 
 
 def forward(
-    embeddings: Tensor, candidates: Candidates, labels: Tensor, term: Term, *, monitor: bool = False
+    embeddings: Tensor,
+    candidates: Candidates,
+    labels: Tensor,
+    term: Term,
+    *,
+    monitor: bool = False,
+    memory: Memory | None = None,
 ) -> Negatives:
     """Sums with all logits in memory at once; see `negatives.Kernel`.
 

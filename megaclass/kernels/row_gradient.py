@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megaclass.kernels.interface import RowBlock, RowBlocks
+from megaclass.kernels.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class RowGradient:
 RowUpdate = Callable[[Iterator[RowBlock], Tensor | None, RowGradient], None]
 
 
-def collect(blocks: RowBlocks, rows: Tensor | None, num_rows: int, own: RowGradient) -> RowGradient:
+def collect(blocks: RowBlocks, rows: Tensor | None, num_rows: int, own: RowGradient, memory: Memory) -> RowGradient:
     """The gradient of the candidates' rows and that of the samples' own rows as one.
 
     Args:
@@ -40,28 +41,26 @@ def collect(blocks: RowBlocks, rows: Tensor | None, num_rows: int, own: RowGradi
         rows: [n] which rows those are, sorted; None: all `num_rows`.
         num_rows: rows of the shard.
         own: gradients of the samples' own rows; its rows are given and sorted.
+        memory: in which the values are to stand.
 
     Cost: one buffer [n (+ own rows that are no candidates), dim], filled block by block.
     """
     assert own.rows is not None
     dim = own.values.shape[1]
     if rows is None:
-        values = own.values.new_empty(num_rows, dim)
-        _fill(values, blocks)
+        values = memory.piece("row gradient", num_rows, dim, own.values)
+        for _ in blocks(values):
+            pass
         return RowGradient(None, values.index_add_(0, own.rows, own.values))
     position, is_candidate = found(own.rows, rows)
     alone = (~is_candidate).nonzero()[:, 0]
-    values = own.values.new_empty(len(rows) + len(alone), dim)
-    _fill(values[: len(rows)], blocks)
+    values = memory.piece("row gradient", len(rows) + len(alone), dim, own.values)
+    for _ in blocks(values[: len(rows)]):
+        pass
     values[len(rows) :] = own.values[alone]
     together = is_candidate.nonzero()[:, 0]
     values.index_add_(0, position[together], own.values[together])
     return RowGradient(torch.cat([rows, own.rows[alone]]), values)
-
-
-def _fill(values: Tensor, blocks: RowBlocks) -> None:
-    for block in blocks(values):
-        assert block.values.data_ptr() == values[block.start :].data_ptr(), "a kernel left the memory it was given"
 
 
 def found(wanted: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

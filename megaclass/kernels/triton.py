@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megaclass.kernels.interface import Candidates, Monitor, Negatives, RowBlock
+from megaclass.kernels.memory import Memory
 from megaclass.kernels.terms import Exponential, Filtered, Quadratic, Term
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -196,7 +197,13 @@ def check(term: Term, candidates: Candidates, embeddings: Tensor) -> None:
 
 
 def forward(
-    embeddings: Tensor, candidates: Candidates, labels: Tensor, term: Term, *, monitor: bool = False
+    embeddings: Tensor,
+    candidates: Candidates,
+    labels: Tensor,
+    term: Term,
+    *,
+    monitor: bool = False,
+    memory: Memory | None = None,
 ) -> Negatives:
     """Fused sums and gradients; see `negatives.Kernel`.
 

@@ -71,8 +71,13 @@ class BackboneCalls:
     gradients: list[tuple[int, ...]]
 
 
-def program(config: Config, preset: Preset, work: Work, network: BackboneCalls | None = None) -> Program:
-    """The calls of one step of the rank with the largest shard; `network` if it is known from `backbone_calls`."""
+def program(
+    config: Config, preset: Preset, work: Work, network: BackboneCalls | None = None, *, device_type: str = "cpu"
+) -> Program:
+    """The calls of one step of the rank with the largest shard, as it is taken on a `cpu` or on `cuda`.
+
+    `network` if it is known from `backbone_calls`.
+    """
     network = network or backbone_calls(config, work.batch)
     micro = work.num_micro
     layer, rows = _class_layer(config, preset, work)
@@ -83,7 +88,7 @@ def program(config: Config, preset: Preset, work: Work, network: BackboneCalls |
         "class rows": scaled(rows, micro),
         "gradient norm": _norm(config, work, network.gradients),
         "backbone optimizer": _backbone_step(config, network.gradients),
-        "row optimizer": _row_step(config, work),
+        "row optimizer": _row_step(config, work, device_type),
     }
     return Program(parts, len(network.norms), sum(2 * width + 1 for width in network.norms))
 
@@ -266,20 +271,20 @@ def _touched(config: Config, work: Work) -> int:
     return min(work.num_rows, work.num_touched * work.num_micro)
 
 
-def _row_step(config: Config, work: Work) -> Calls:
+def _row_step(config: Config, work: Work, device_type: str) -> Calls:
     """Calls of the row optimizer, which walks over blocks of rows; none where the backward pass has done it."""
     if config.optim.row_update == "fused":
         return Calls()
     is_dense = config.optim.untouched_rows == "dense"
     rows = work.num_rows if is_dense else _touched(config, work)
-    step = rowwise._BLOCK_ROWS
+    step = rowwise.BLOCK_ROWS[device_type]
     if rows <= step:
-        return _row_blocks(config, work, rows)
-    one, two = (_row_blocks(config, work, number * step) for number in (1, 2))
+        return _row_blocks(config, work, rows, device_type)
+    one, two = (_row_blocks(config, work, number * step, device_type) for number in (1, 2))
     return total(one, scaled(difference(two, one), rows / step - 1))
 
 
-def _row_blocks(config: Config, work: Work, rows: int) -> Calls:
+def _row_blocks(config: Config, work: Work, rows: int, device_type: str) -> Calls:
     with recorded() as recorder:
         weight = torch.empty(max(rows, work.num_rows), work.dim, dtype=build.row_dtype(config))
         optimizer = rowwise.build(config.optim.class_name, weight, config.optim)
@@ -287,8 +292,7 @@ def _row_blocks(config: Config, work: Work, rows: int) -> Calls:
         recorder.calls.clear()
         named = torch.empty(rows, dtype=torch.int64) if work.is_sampled else None
         step: Callable[..., Any] = optimizer._step_block
-        for start in range(0, rows, rowwise._BLOCK_ROWS):
-            stop = min(start + rowwise._BLOCK_ROWS, rows)
+        for start, stop in rowwise.ranges(rows, device_type):
             where = slice(start, stop) if named is None else named[start:stop]
             step(where, values[start:stop], 0.1, 0)
     return recorder.calls

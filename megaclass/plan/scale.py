@@ -153,7 +153,7 @@ def scale(config: Config, num_classes: int, ranks: int, device: Device, scenario
     build.check_batch(config, ranks)
     presets.check_negatives(preset, num_classes)
     network = backbone.trace(config, done.batch)
-    return assembled(config, done, program(config, preset, done), network, device, scenario)
+    return assembled(config, done, program(config, preset, done, device_type="cuda"), network, device, scenario)
 
 
 def scenario(

@@ -11,6 +11,7 @@ from torch import nn
 from megaclass.config import Optim
 from megaclass.errors import ConfigError
 from megaclass.kernels.interface import RowBlock
+from megaclass.kernels.memory import Memory
 from megaclass.kernels.row_gradient import RowGradient, collect
 from megaclass.optim import rowwise
 from megaclass.optim.rowwise import RowAdagrad, RowAdamW, RowSGD, build
@@ -45,7 +46,7 @@ LAZY = [*(case[0] for case in CASES), RowAdagrad]
 @pytest.mark.parametrize("as_rows", [False, True])
 @pytest.mark.parametrize("block_rows", [5, 32768])
 def test_all_rows_equal_torch(ours, theirs, as_rows, block_rows, monkeypatch):
-    monkeypatch.setattr(rowwise, "_BLOCK_ROWS", block_rows)
+    monkeypatch.setitem(rowwise.BLOCK_ROWS, "cpu", block_rows)
     weight, reference = _weight(), nn.Parameter(_weight())
     row_optimizer, torch_optimizer = ours(weight), theirs([reference])
     generator = torch.Generator().manual_seed(2)
@@ -157,7 +158,7 @@ def test_a_step_makes_nothing_larger_than_the_drawn_rows(name):
 @pytest.mark.parametrize("block_rows", [5, 4096])
 def test_dense_rows_equal_torch_whatever_was_drawn(ours, theirs, block_rows, monkeypatch):
     """With `is_dense` rows without a gradient get one of zero, as in the public peer."""
-    monkeypatch.setattr(rowwise, "_BLOCK_ROWS", block_rows)
+    monkeypatch.setitem(rowwise.BLOCK_ROWS, "cpu", block_rows)
     weight, reference = _weight(), nn.Parameter(_weight())
     row_optimizer, torch_optimizer = ours(weight), theirs([reference])
     row_optimizer._is_dense = True
@@ -255,7 +256,7 @@ def test_a_step_in_the_backward_pass_equals_one_after_it(ours, drawn, is_low):
                 block = values[start:stop].clone() if out is None else out[start:stop].copy_(values[start:stop])
                 yield RowBlock(start, stop, block)
 
-        first.step(collect(blocks, rows, NUM_ROWS, own), 0.05, number)
+        first.step(collect(blocks, rows, NUM_ROWS, own, Memory()), 0.05, number)
         second.step_in_backward(blocks(), rows, own, 0.05, number)
     assert torch.equal(*weights)
     assert all(torch.equal(first.state[name], second.state[name]) for name in first.state)
