@@ -25,6 +25,9 @@ from megaclass.kernels.terms import Exponential, Summed, Term
 
 # About 2,048 rows keep a chunk's logits and rows in the second- and third-level cache of a CPU core.
 CHUNK_ROWS = 2048
+# A chunk's logits on a GPU: the host issues some forty operators for a chunk, and with fewer logits (of 4,096 samples
+# and 2,048 rows, say) the GPU has done them long before the next are issued. Reckoned, not measured.
+GPU_LOGITS = 2**25
 # Slopes and drawn rows up to this size are kept for the second pass: that saves one third of its work, or gathering.
 KEEP_BYTES = 256 * 2**20
 
@@ -56,6 +59,11 @@ class _Kept:
     shift: Tensor | None
 
 
+def chunk_rows(batch: int, device_type: str) -> int:
+    """How many rows a chunk has for so many samples on such a device."""
+    return CHUNK_ROWS if device_type == "cpu" else max(CHUNK_ROWS, GPU_LOGITS // batch)
+
+
 def keeps_slopes(batch: int, num_rows: int) -> bool:
     """Whether the slopes of so many samples and rows are kept between the passes (float32)."""
     return batch * num_rows * 4 <= KEEP_BYTES
@@ -77,7 +85,7 @@ def forward(
 ) -> Negatives:
     """Sums accumulated over chunks of classes; see `negatives.Kernel`.
 
-    Cost: [m, CHUNK_ROWS] logits and [CHUNK_ROWS, dim] rows at a time; [m, n] slopes, and drawn rows [n, dim], if they
+    Cost: [m, c] logits and [c, dim] rows of `chunk_rows` at a time; [m, n] slopes, and drawn rows [n, dim], if they
     fit KEEP_BYTES.
     """
     layer = _Layer(embeddings, candidates, labels, term, memory or Memory())
@@ -169,7 +177,8 @@ class _Layer:
 
     def chunks(self) -> list[tuple[int, int]]:
         """Ranges of candidates; sub-centres make them shorter, so that a chunk's rows stay as many."""
-        size = max(1, CHUNK_ROWS // self.candidates.rows_per_class)
+        size = chunk_rows(max(1, len(self.embeddings)), self.embeddings.device.type)
+        size = max(1, size // self.candidates.rows_per_class)
         return [(start, min(start + size, self.num_classes)) for start in range(0, self.num_classes, size)]
 
     def rows(self, start: int, stop: int, inverse: Tensor | None = None) -> _Rows:

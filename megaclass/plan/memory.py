@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megaclass.config import Config
-from megaclass.kernels.chunked import CHUNK_ROWS, keeps_rows, keeps_slopes
+from megaclass.kernels.chunked import chunk_rows, keeps_rows, keeps_slopes
 from megaclass.optim.clip import PIECE
 from megaclass.plan.backbone import BackboneWork
 from megaclass.plan.work import Work
@@ -74,7 +74,7 @@ def parts(config: Config, work: Work, backbone: BackboneWork, is_cpu: bool) -> d
         "backbone activations": backbone.activation_bytes,
         "input": work.batch * config.dataset.channels * config.dataset.image_size**2 * wide,
         "gathered batch": _BATCH_MATRICES * work.num_gathered * dim * wide,
-        **_kernel_parts(config, work, wide),
+        **_kernel_parts(config, work, wide, "cpu" if is_cpu else "cuda"),
     }
     # Lists of row numbers, int64, go with the gradient of drawn rows: the draw, the weight rows, the gradient's own.
     gradient_bytes = dim * wide + (24 if work.is_sampled else 0)
@@ -129,7 +129,7 @@ def _zero_parts(config: Config, size: int, held: int) -> dict[str, int]:
     }
 
 
-def _kernel_parts(config: Config, work: Work, wide: int) -> dict[str, int]:
+def _kernel_parts(config: Config, work: Work, wide: int, device_type: str) -> dict[str, int]:
     batch, rows, dim = work.inter_batch, work.num_candidates, work.dim
     if config.classifier.kernel == "reference":
         return {
@@ -137,7 +137,7 @@ def _kernel_parts(config: Config, work: Work, wide: int) -> dict[str, int]:
             "kept rows": 3 * rows * dim * wide,
             "chunk scratch": 0,
         }
-    chunk = min(rows, CHUNK_ROWS)
+    chunk = min(rows, chunk_rows(batch, device_type))
     return {
         "kept slopes": batch * rows * wide if keeps_slopes(batch, rows) else 0,
         "kept rows": rows * dim * wide if keeps_rows(rows if work.is_sampled else None, dim) else 0,

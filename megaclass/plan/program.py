@@ -80,7 +80,7 @@ def program(
     """
     network = network or backbone_calls(config, work.batch)
     micro = work.num_micro
-    layer, rows = _class_layer(config, preset, work)
+    layer, rows = _class_layer(config, preset, work, device_type)
     parts = {
         "backbone forward": scaled(network.forward, micro),
         "backbone backward": scaled(network.backward, micro),
@@ -141,18 +141,19 @@ class _Fixed:
         return torch.empty(0, dtype=torch.int64)
 
 
-def _class_layer(config: Config, preset: Preset, work: Work) -> tuple[Calls, Calls]:
+def _class_layer(config: Config, preset: Preset, work: Work, device_type: str) -> tuple[Calls, Calls]:
     """Calls of the class layer forward and backward, rows updated where that is fused."""
     loss = build.build_loss(config, replace(preset, sampler="all"), work.num_classes, None)
     centres = config.classifier.sub_centres
     candidates = work.num_candidates // centres
-    step = max(1, chunked.CHUNK_ROWS // centres)
+    chunk = chunked.chunk_rows(work.inter_batch, device_type)
+    step = max(1, chunk // centres)
     if config.classifier.kernel == FUSED:
-        forward, backward = _pass(config, loss, work, min(candidates, step))
+        forward, backward = _pass(config, loss, work, min(candidates, step), chunk)
         return total(forward, _fused(config, work, 2 / 3)), total(backward, _fused(config, work, 1 / 3))
     if config.classifier.kernel == "reference" or candidates <= step:
-        return _pass(config, loss, work, candidates)
-    one, two = (_pass(config, loss, work, number * step) for number in (1, 2))
+        return _pass(config, loss, work, candidates, chunk)
+    one, two = (_pass(config, loss, work, number * step, chunk) for number in (1, 2))
     forward, backward = (
         total(fewer, scaled(difference(more, fewer), candidates / step - 1))
         for fewer, more in zip(one, two, strict=True)
@@ -166,8 +167,8 @@ def _fused(config: Config, work: Work, share: float) -> Calls:
     return Calls([Operator("megaclass.fused_class_layer.default", (), (), *(int(share * one) for one in whole))])
 
 
-def _pass(config: Config, loss: Loss, work: Work, candidates: int) -> tuple[Calls, Calls]:
-    """Calls of one pass over so many candidate classes of this shard, forward and backward."""
+def _pass(config: Config, loss: Loss, work: Work, candidates: int, chunk: int) -> tuple[Calls, Calls]:
+    """Calls of one pass over so many candidate classes of this shard in chunks of rows, forward and backward."""
     centres, dim = config.classifier.sub_centres, work.dim
     wide = build.backbone_dtype(config)
     is_part = work.inter_batch < work.global_batch
@@ -178,7 +179,7 @@ def _pass(config: Config, loss: Loss, work: Work, candidates: int) -> tuple[Call
     def expected(number: int) -> int:
         return min(number, own)
 
-    with recorded(expected) as recorder, _keeping(config, work):
+    with recorded(expected) as recorder, _kernel_of_all(work, chunk):
         layer = ShardedClassifier(
             dim, ClassShard(1, 0, 1), replace(loss, sampler=sampler), seed=0, kernel=_kernel(config),
             dtype=build.row_dtype(config),
@@ -205,11 +206,12 @@ def _kernel(config: Config) -> str:
 
 
 @contextmanager
-def _keeping(config: Config, work: Work) -> Iterator[None]:
-    """The kernel keeps between its passes what it would keep of all rows, although it sees a few chunks of them."""
+def _kernel_of_all(work: Work, chunk: int) -> Iterator[None]:
+    """The kernel's chunks, and what it keeps between its passes, are as for all rows, although it sees few of them."""
     rows = work.num_candidates if work.is_sampled else None
     slopes, kept = chunked.keeps_slopes(work.inter_batch, work.num_candidates), chunked.keeps_rows(rows, work.dim)
     with (
+        mock.patch.object(chunked, "chunk_rows", return_value=chunk),
         mock.patch.object(chunked, "keeps_slopes", return_value=slopes),
         mock.patch.object(chunked, "keeps_rows", return_value=kept),
     ):
