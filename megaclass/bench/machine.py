@@ -20,6 +20,7 @@ from megaclass.bench.operators import Turn, groups
 from megaclass.config import Config
 from megaclass.parallel.process import World
 from megaclass.plan.machine import Machine
+from megaclass.plan.operators import total
 from megaclass.plan.program import Program, program
 from megaclass.plan.work import Work
 from megaclass.train import build
@@ -74,7 +75,7 @@ class Rounds:
     """Operators that are measured in turn, round after round, and the primitives that stand for all others."""
 
     def __init__(self, calls: Program) -> None:
-        everything = dict.fromkeys(operator for part in calls.parts.values() for operator in part)
+        everything = total(*calls.parts.values())
         blocks = {operator for name in _BLOCKS for operator in calls.parts[name]}
         self._groups = groups(everything, frozenset(blocks))
         self._totals: list[float] = []

@@ -8,13 +8,14 @@ the same time count little.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from megaclass.plan.machine import Known
 from megaclass.plan.operators import Operator, Shape
@@ -22,6 +23,8 @@ from megaclass.plan.operators import Operator, Shape
 # Tensors of one group of operators that take turns; and the largest matrix that rows are chosen from.
 _GROUP_BYTES, _MATRIX_BYTES = 2**30, 2**29
 _INTEGERS = 1 << 31
+# Of a negative number they are many times slower, and no step has one there.
+_OF_POSITIVE = ("sqrt", "rsqrt", "log", "log1p")
 # What a chunk or a block leaves in the caches.
 _NEAR_BYTES = 2**22
 
@@ -53,8 +56,8 @@ class Turn:
         return Known(one.kind, one.flops, one.num_bytes, median(self.seconds))
 
 
-def groups(operators: Iterable[Operator], near: frozenset[Operator] = frozenset()) -> list[list[Turn]]:
-    """The operators that take any time, in groups whose tensors fit memory together.
+def groups(operators: Mapping[Operator, float], near: frozenset[Operator] = frozenset()) -> list[list[Turn]]:
+    """The operators that take any time, in groups whose tensors fit memory together; with how often a step calls each.
 
     Those of `near` work in blocks on what the one before has left in the caches; the small tensors of the others are
     not there.
@@ -62,7 +65,7 @@ def groups(operators: Iterable[Operator], near: frozenset[Operator] = frozenset(
     found: list[list[Turn]] = [[]]
     used = 0
     matrices: dict[str, Tensor] = {}
-    for operator in operators:
+    for operator, number in operators.items():
         if operator.is_free:
             continue
         size = sum(min(shape.num_bytes, _MATRIX_BYTES) for shape in operator.shapes())
@@ -70,19 +73,28 @@ def groups(operators: Iterable[Operator], near: frozenset[Operator] = frozenset(
             found.append([])
             used, matrices = 0, {}
         used += size
-        found[-1].append(_turn(operator, matrices, operator in near))
+        found[-1].append(_turn(operator, number, matrices, operator in near))
     return found
 
 
-def _turn(operator: Operator, matrices: dict[str, Tensor], is_near: bool) -> Turn:
+def _turn(operator: Operator, number: float, matrices: dict[str, Tensor], is_near: bool) -> Turn:
     library, name, overload = operator.name.split(".")
     function = getattr(getattr(getattr(torch.ops, library), name), overload)
-    limit = _index_limit(operator)
+    whole = _index_limit(operator)
+    # A step goes through its rows in so many calls, each in a part of the matrix that no call before has been to.
+    limit = whole if whole == _INTEGERS else max(1, int(whole / max(1.0, number)))
     arguments = [_real(value, limit, matrices) for value in operator.arguments]
     keywords = {key: _real(value, limit, matrices) for key, value in operator.keywords}
     refresh: Callable[[], Any] = lambda: None  # noqa: E731
     first = arguments[0] if arguments else None
-    if name.endswith("_") and isinstance(first, Tensor) and first.is_floating_point() and first.nbytes < _MATRIX_BYTES:
+    if operator.kind.rstrip("_") in _OF_POSITIVE and isinstance(first, Tensor):
+        first.abs_()
+    if limit < whole:
+        chosen = [x for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.dtype == torch.int64]
+        refresh = _moving(chosen, whole - limit + 1)
+    elif (
+        name.endswith("_") and isinstance(first, Tensor) and first.is_floating_point() and first.nbytes < _MATRIX_BYTES
+    ):
         # Written in place again and again, values would leave the numbers; and whoever wrote them before did so now.
         before = first.clone()
         refresh = lambda: first.copy_(before)  # noqa: E731
@@ -93,6 +105,20 @@ def _turn(operator: Operator, matrices: dict[str, Tensor], is_near: bool) -> Tur
 
     close = [x for x in arguments if isinstance(x, Tensor) and x.is_floating_point() and x.nbytes < _NEAR_BYTES]
     return Turn(operator, call, refresh, [x for x in close if 0 not in x.stride()] if is_near else [])
+
+
+def _moving(chosen: list[Tensor], num_places: int) -> Callable[[], Any]:
+    """What moves the chosen rows to another place of the matrix."""
+    place = 0
+
+    def move() -> None:
+        nonlocal place
+        new = int(torch.randint(num_places, ()))
+        for rows in chosen:
+            rows.add_(new - place)
+        place = new
+
+    return move
 
 
 def _index_limit(operator: Operator) -> int:

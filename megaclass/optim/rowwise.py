@@ -32,9 +32,9 @@ from megaclass.optim import rounding
 if TYPE_CHECKING:
     from megaclass.config import Optim
 
-# Rows updated at a time: bounds the temporaries. On a CPU their numbers then stay in a core's own cache from one to the
-# next operator; a GPU has no such cache, and starting operators must not be felt in the time.
-BLOCK_ROWS = {"cpu": 512, "cuda": 4096}
+# Bytes (of float32) of the rows updated at a time: bounds the temporaries. On a CPU they stay in a core's cache from one
+# operator to the next; a GPU has no such cache, and starting operators must not be felt in the time.
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**23}
 
 
 class RowOptimizer(ABC):
@@ -74,6 +74,10 @@ class RowOptimizer(ABC):
         other._weight, other.state, other._numbers = weight, state, numbers
         return other
 
+    @property
+    def _block_rows(self) -> int:
+        return block_rows(self._weight.shape[1], self._weight.device.type)
+
     @abstractmethod
     def _update(self, weight: Tensor, state: dict[str, Tensor], values: Tensor, lr: float) -> None:
         """Change rows [n, dim] and their state in place for gradients `values`; all of them float32 or wider."""
@@ -83,7 +87,7 @@ class RowOptimizer(ABC):
         """Update the rows of `gradient` with learning rate `lr`.
 
         Unless dense, every other row and its state stay as they are. Cost: the drawn rows, read and written once, and
-        temporaries of `BLOCK_ROWS` rows.
+        temporaries of `block_rows` rows.
 
         Args:
             gradient: of this rank's rows; its values are not changed.
@@ -98,7 +102,7 @@ class RowOptimizer(ABC):
         if rows is not None and self._is_dense:
             self._step_all(rows, values, lr, number)
             return
-        for start, stop in ranges(len(values), self._weight.device.type):
+        for start, stop in ranges(len(values), self._block_rows):
             self._step_block(slice(start, stop) if rows is None else rows[start:stop], values[start:stop], lr, number)
 
     @torch.no_grad()
@@ -123,7 +127,7 @@ class RowOptimizer(ABC):
         for block in blocks:
             inside = ((position >= block.start) & (position < block.stop) & is_candidate).nonzero()[:, 0]
             block.values.index_add_(0, position[inside] - block.start, own.values[inside])
-            for start, stop in ranges(len(block.values), self._weight.device.type):
+            for start, stop in ranges(len(block.values), self._block_rows):
                 first, last = block.start + start, block.start + stop
                 loaded = None if block.rows is None else block.rows[start:stop]
                 where = slice(first, last) if rows is None else rows[first:last]
@@ -135,7 +139,7 @@ class RowOptimizer(ABC):
         """One step of the dense optimizer: every row, with zero where there is no gradient."""
         order = rows.argsort()
         rows, values = rows[order], values[order]
-        parts = ranges(len(self._weight), self._weight.device.type)
+        parts = ranges(len(self._weight), self._block_rows)
         ends = [start for start, _ in parts] + [len(self._weight)]
         cuts = torch.searchsorted(rows, torch.tensor(ends, device=rows.device)).tolist()
         for (start, stop), first, last in zip(parts, cuts, cuts[1:], strict=False):
@@ -304,9 +308,13 @@ def _wide_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
-def ranges(num_rows: int, device_type: str) -> list[tuple[int, int]]:
-    """Ranges of rows that are updated together on such a device."""
-    size = BLOCK_ROWS[device_type]
+def block_rows(dim: int, device_type: str) -> int:
+    """How many rows are updated together on such a device."""
+    return max(1, BLOCK_BYTES[device_type] // (4 * dim))
+
+
+def ranges(num_rows: int, size: int) -> list[tuple[int, int]]:
+    """Rows in ranges of at most so many."""
     return [(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 

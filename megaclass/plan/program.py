@@ -279,14 +279,14 @@ def _row_step(config: Config, work: Work, device_type: str) -> Calls:
         return Calls()
     is_dense = config.optim.untouched_rows == "dense"
     rows = work.num_rows if is_dense else _touched(config, work)
-    step = rowwise.BLOCK_ROWS[device_type]
+    step = rowwise.block_rows(work.dim, device_type)
     if rows <= step:
-        return _row_blocks(config, work, rows, device_type)
-    one, two = (_row_blocks(config, work, number * step, device_type) for number in (1, 2))
+        return _row_blocks(config, work, rows, step)
+    one, two = (_row_blocks(config, work, number * step, step) for number in (1, 2))
     return total(one, scaled(difference(two, one), rows / step - 1))
 
 
-def _row_blocks(config: Config, work: Work, rows: int, device_type: str) -> Calls:
+def _row_blocks(config: Config, work: Work, rows: int, size: int) -> Calls:
     with recorded() as recorder:
         weight = torch.empty(max(rows, work.num_rows), work.dim, dtype=build.row_dtype(config))
         optimizer = rowwise.build(config.optim.class_name, weight, config.optim)
@@ -294,7 +294,7 @@ def _row_blocks(config: Config, work: Work, rows: int, device_type: str) -> Call
         recorder.calls.clear()
         named = torch.empty(rows, dtype=torch.int64) if work.is_sampled else None
         step: Callable[..., Any] = optimizer._step_block
-        for start, stop in rowwise.ranges(rows, device_type):
+        for start, stop in rowwise.ranges(rows, size):
             where = slice(start, stop) if named is None else named[start:stop]
             step(where, values[start:stop], 0.1, 0)
     return recorder.calls

@@ -46,7 +46,7 @@ LAZY = [*(case[0] for case in CASES), RowAdagrad]
 @pytest.mark.parametrize("as_rows", [False, True])
 @pytest.mark.parametrize("block_rows", [5, 32768])
 def test_all_rows_equal_torch(ours, theirs, as_rows, block_rows, monkeypatch):
-    monkeypatch.setitem(rowwise.BLOCK_ROWS, "cpu", block_rows)
+    monkeypatch.setattr(rowwise, "block_rows", lambda dim, device_type: block_rows)
     weight, reference = _weight(), nn.Parameter(_weight())
     row_optimizer, torch_optimizer = ours(weight), theirs([reference])
     generator = torch.Generator().manual_seed(2)
@@ -158,7 +158,7 @@ def test_a_step_makes_nothing_larger_than_the_drawn_rows(name):
 @pytest.mark.parametrize("block_rows", [5, 4096])
 def test_dense_rows_equal_torch_whatever_was_drawn(ours, theirs, block_rows, monkeypatch):
     """With `is_dense` rows without a gradient get one of zero, as in the public peer."""
-    monkeypatch.setitem(rowwise.BLOCK_ROWS, "cpu", block_rows)
+    monkeypatch.setattr(rowwise, "block_rows", lambda dim, device_type: block_rows)
     weight, reference = _weight(), nn.Parameter(_weight())
     row_optimizer, torch_optimizer = ours(weight), theirs([reference])
     row_optimizer._is_dense = True
