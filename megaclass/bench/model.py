@@ -1,6 +1,6 @@
 """`megaclass bench model`: the step-time model beside measured steps.
 
-Every case takes turns in the same processes over the same seconds: some training steps, a round of the operators it
+Every case takes turns in the same processes over the same seconds: some training steps, rounds of the operators it
 calls, each alone, some steps, and so on. What is measured of a step never enters the model.
 """
 
@@ -28,6 +28,8 @@ from megaclass.train.loop import train_step
 
 # Steps of a block that are thrown away: they find the caches full of operators.
 _COLD = 1
+# Rounds of operators after the steps of a block.
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def _alternate(world: World, config: Config, calls: Program, blocks: int, steps:
                     cpu.append(time.process_time() - used)
             if block:
                 measure.meet(world)
-                rounds.take()
+                for _ in range(_ROUNDS):
+                    rounds.take()
     finally:
         training.reader.close()
     reader = machines.sample_seconds(config, world)

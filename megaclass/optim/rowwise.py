@@ -32,8 +32,8 @@ from megaclass.optim import rounding
 if TYPE_CHECKING:
     from megaclass.config import Optim
 
-# Bytes (of float32) of the rows updated at a time: bounds the temporaries. On a CPU they stay in a core's cache from one
-# operator to the next; a GPU has no such cache, and starting operators must not be felt in the time.
+# Bytes (of float32) of the rows updated at a time: bounds the temporaries. On a CPU they stay in a core's cache from
+# one operator to the next; a GPU has no such cache, and starting operators must not be felt in the time.
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**23}
 
 
