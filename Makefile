@@ -97,6 +97,7 @@ study-head: $(VENV)/package
 PEER ?=
 bench: $(VENV)/package
 	$(BIN)/megaclass bench head --num-classes 500000 --nproc 2 --sampling-rate 0.01 0.1 1 $(if $(PEER),--peer $(PEER))
+	$(BIN)/megaclass bench head --num-classes 500000 --nproc 2 --sampling-rate 0.01 0.1 --row-update fused $(if $(PEER),--peer $(PEER))
 	$(BIN)/megaclass bench scaling --nproc 2 --row-dtype bfloat16 --preset d-softmax-k --row-update fused
 	$(BIN)/megaclass bench sampler
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from megaclass import plan
 from megaclass.errors import ConfigError
+from megaclass.parallel.process import World
 from megaclass.plan import backbone, failures, links, machine, operators, program, step, straggling, time_gpu
 from megaclass.plan import work as counted
 from megaclass.plan.time_cpu import cpu_time, messages
@@ -123,7 +124,6 @@ def test_operators_are_counted_without_memory() -> None:
 
 def _really_called(config: Any) -> operators.Calls:
     """Calls of a real step on real tensors, after one."""
-    from megaclass.parallel.process import World
     from megaclass.train.loop import train_step
 
     training = build.build(config, World(0, 1, 0, torch.device("cpu"), None, None))
@@ -173,8 +173,9 @@ def _machine(ranks: int, known: dict[str, machine.Known], **more: Any) -> machin
 
 def test_a_machine_is_kept_and_refused(tmp_path: Path) -> None:
     known = {"a": machine.Known("mm", 100, 10, 1e-3)}
-    _machine(2, known).save(tmp_path / "m.json")
-    assert machine.load(tmp_path / "m.json") == _machine(2, known)
+    made = _machine(2, known, wrapper=(1e-3, 2e-6))
+    made.save(tmp_path / "m.json")
+    assert machine.load(tmp_path / "m.json") == made
     (tmp_path / "m.json").write_text("{}")
     with pytest.raises(ConfigError, match="not a profile of a machine"):
         machine.load(tmp_path / "m.json")
@@ -204,9 +205,15 @@ def test_processor_time_is_the_sum_of_what_is_called() -> None:
     exchanges = step.collectives(config, build.resolve_preset(config), work, network)
     everything = operators.total(*calls.parts.values())
     known = {one.key: machine.Known(one.kind, one.flops, one.num_bytes, 1e-5) for one in everything if not one.is_free}
-    found = cpu_time(config, work, calls, network, exchanges, _machine(2, known, sample_seconds=1e-3))
+    found = cpu_time(
+        config, work, calls, network, exchanges, _machine(2, known, sample_seconds=1e-3, wrapper=(1e-3, 1e-5))
+    )
     number = sum(count for one, count in everything.items() if not one.is_free)
     assert found.cpu["data"] == 16 * 1e-3
+    assert network.num_tensors == len(
+        list(build.build_backbone(config, World(0, 1, 0, torch.device("cpu"), None, None)).parameters())
+    )
+    assert found.cpu["wrapper"] == pytest.approx(1e-3 + 1e-5 * network.num_tensors)
     assert found.cpu["calls from Python"] == pytest.approx(number * 2e-6)
     assert sum(found.cpu[name] for name in calls.parts) == pytest.approx(number * 1e-5)
     # One per batch norm forward and backward, and those of the class layer and the backbone; half of each start waits.
