@@ -45,7 +45,7 @@ def rows() -> list[tuple[str, str, Scaled]]:
                 resolved = configuration.validate(content)
                 preset = build.resolve_preset(resolved)
                 done = work.count(resolved, preset, num_classes, ranks)
-                made = program(resolved, preset, done, calls)
+                made = program(resolved, preset, done, calls, device_type="cuda")
                 for device in ("h100", "h200"):
                     row = assembled(resolved, done, made, network, plan.find(device), Scenario())
                     found.append((device, name, row))

@@ -38,7 +38,7 @@ def of_run(config: Config, work: Work) -> Machine:
     Raises:
         ConfigError, PeerError: as `ranks.run`.
     """
-    calls = program(config, build.resolve_preset(config), work)
+    calls = program(config, build.resolve_preset(config), work, device_type="cpu")
     return together(ranks.run(_measure, work.world_size, calls, config))
 
 

@@ -47,7 +47,7 @@ def compare(case: Modelled, blocks: int, steps: int) -> dict[str, Any]:
     preset = build.resolve_preset(resolved)
     num_classes = resolved.dataset.synthetic.num_classes
     work = counted.count(resolved, preset, num_classes, case.ranks)
-    calls = program(resolved, preset, work)
+    calls = program(resolved, preset, work, device_type="cpu")
     found = ranks.run(_alternate, case.ranks, resolved, calls, blocks, steps)
     machine = machines.together([one.machine for one in found])
     network = backbone.trace(resolved, work.batch)

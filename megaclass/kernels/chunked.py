@@ -27,7 +27,7 @@ from megaclass.kernels.terms import Exponential, Summed, Term
 CHUNK_ROWS = 2048
 # A chunk's logits on a GPU: the host issues some forty operators for a chunk, and with fewer logits (of 4,096 samples
 # and 2,048 rows, say) the GPU has done them long before the next are issued. Reckoned, not measured.
-GPU_LOGITS = 2**25
+GPU_LOGITS = 2**26
 # Slopes and drawn rows up to this size are kept for the second pass: that saves one third of its work, or gathering.
 KEEP_BYTES = 256 * 2**20
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Bytes (of float32) of the rows updated at a time: bounds the temporaries. On a CPU they stay in a core's cache from
 # one operator to the next; a GPU has no such cache, and starting operators must not be felt in the time.
-BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**23}
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**25}
 
 
 class RowOptimizer(ABC):

@@ -72,7 +72,7 @@ class BackboneCalls:
 
 
 def program(
-    config: Config, preset: Preset, work: Work, network: BackboneCalls | None = None, *, device_type: str = "cpu"
+    config: Config, preset: Preset, work: Work, network: BackboneCalls | None = None, *, device_type: str
 ) -> Program:
     """The calls of one step of the rank with the largest shard, as it is taken on a `cpu` or on `cuda`.
 
@@ -146,14 +146,13 @@ def _class_layer(config: Config, preset: Preset, work: Work, device_type: str) -
     loss = build.build_loss(config, replace(preset, sampler="all"), work.num_classes, None)
     centres = config.classifier.sub_centres
     candidates = work.num_candidates // centres
-    chunk = chunked.chunk_rows(work.inter_batch, device_type)
-    step = max(1, chunk // centres)
+    step = max(1, chunked.chunk_rows(work.inter_batch, device_type) // centres)
     if config.classifier.kernel == FUSED:
-        forward, backward = _pass(config, loss, work, min(candidates, step), chunk)
+        forward, backward = _pass(config, loss, work, min(candidates, step), device_type)
         return total(forward, _fused(config, work, 2 / 3)), total(backward, _fused(config, work, 1 / 3))
     if config.classifier.kernel == "reference" or candidates <= step:
-        return _pass(config, loss, work, candidates, chunk)
-    one, two = (_pass(config, loss, work, number * step, chunk) for number in (1, 2))
+        return _pass(config, loss, work, candidates, device_type)
+    one, two = (_pass(config, loss, work, number * step, device_type) for number in (1, 2))
     forward, backward = (
         total(fewer, scaled(difference(more, fewer), candidates / step - 1))
         for fewer, more in zip(one, two, strict=True)
@@ -167,8 +166,8 @@ def _fused(config: Config, work: Work, share: float) -> Calls:
     return Calls([Operator("megaclass.fused_class_layer.default", (), (), *(int(share * one) for one in whole))])
 
 
-def _pass(config: Config, loss: Loss, work: Work, candidates: int, chunk: int) -> tuple[Calls, Calls]:
-    """Calls of one pass over so many candidate classes of this shard in chunks of rows, forward and backward."""
+def _pass(config: Config, loss: Loss, work: Work, candidates: int, device_type: str) -> tuple[Calls, Calls]:
+    """Calls of one pass over so many candidate classes of this shard, forward and backward."""
     centres, dim = config.classifier.sub_centres, work.dim
     wide = build.backbone_dtype(config)
     is_part = work.inter_batch < work.global_batch
@@ -179,7 +178,7 @@ def _pass(config: Config, loss: Loss, work: Work, candidates: int, chunk: int) -
     def expected(number: int) -> int:
         return min(number, own)
 
-    with recorded(expected) as recorder, _kernel_of_all(work, chunk):
+    with recorded(expected) as recorder, _kernel_of_all(work, device_type):
         layer = ShardedClassifier(
             dim, ClassShard(1, 0, 1), replace(loss, sampler=sampler), seed=0, kernel=_kernel(config),
             dtype=build.row_dtype(config),
@@ -206,12 +205,14 @@ def _kernel(config: Config) -> str:
 
 
 @contextmanager
-def _kernel_of_all(work: Work, chunk: int) -> Iterator[None]:
-    """The kernel's chunks, and what it keeps between its passes, are as for all rows, although it sees few of them."""
+def _kernel_of_all(work: Work, device_type: str) -> Iterator[None]:
+    """Chunks and blocks are those of the device, and what the kernel keeps between its passes is as for all rows."""
+    chunk, block = chunked.chunk_rows(work.inter_batch, device_type), rowwise.block_rows(work.dim, device_type)
     rows = work.num_candidates if work.is_sampled else None
     slopes, kept = chunked.keeps_slopes(work.inter_batch, work.num_candidates), chunked.keeps_rows(rows, work.dim)
     with (
         mock.patch.object(chunked, "chunk_rows", return_value=chunk),
+        mock.patch.object(rowwise, "block_rows", return_value=block),
         mock.patch.object(chunked, "keeps_slopes", return_value=slopes),
         mock.patch.object(chunked, "keeps_rows", return_value=kept),
     ):

@@ -79,7 +79,7 @@ def cpu_step(config: Config, num_classes: int, world_size: int, machine: Machine
     work = count(config, preset, num_classes, world_size)
     network = backbone.trace(config, work.batch)
     exchanges = collectives(config, preset, work, network)
-    return cpu_time(config, work, program(config, preset, work), network, exchanges, machine)
+    return cpu_time(config, work, program(config, preset, work, device_type="cpu"), network, exchanges, machine)
 
 
 def cpu_time(

@@ -29,7 +29,7 @@ def parts(num_classes: int, ranks: int, **sections: Any) -> tuple[Any, counted.W
     config = configured(num_classes, **sections)
     preset = build.resolve_preset(config)
     work = counted.count(config, preset, num_classes, ranks)
-    return config, work, program.program(config, preset, work)
+    return config, work, program.program(config, preset, work, device_type="cpu")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,9 @@ def test_the_program_is_what_a_step_calls(preset: str, rate: float | None, kind:
     )  # fmt: skip
     real = _really_called(config)
     work = counted.count(config, build.resolve_preset(config), 7001, 1)
-    told = operators.total(*program.program(config, build.resolve_preset(config), work).parts.values())
+    told = operators.total(
+        *program.program(config, build.resolve_preset(config), work, device_type="cpu").parts.values()
+    )
     for name in ("mm", "addmm", "convolution", "convolution_backward", "native_batch_norm", "exp_", "silu_backward"):
         wanted = [(one.flops, one.num_bytes, count) for one, count in real.items() if one.kind == name]
         found = [(one.flops, one.num_bytes, count) for one, count in told.items() if one.kind == name]
