@@ -20,11 +20,9 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Literal
 
 import torch
 
-from megaclass.config import Augment
 from megaclass.data.bad_samples import SkipBudget
 from megaclass.data.batch import Batch
 from megaclass.data.dali_input import DaliInput, InputMaker
@@ -32,6 +30,7 @@ from megaclass.data.dali_pipeline import BATCHES_AHEAD, DaliPipeline, Form, chec
 from megaclass.data.label_noise import with_label_noise
 from megaclass.data.open_batches import open_batches
 from megaclass.data.open_order import OrderOptions
+from megaclass.data.options import ReaderOptions
 from megaclass.data.reader import PositionedReader
 from megaclass.data.samples import StoredSamples
 
@@ -46,8 +45,8 @@ class DaliReader(PositionedReader):
     replaces it by the same substitute.
 
     Args:
+        options: what every reader is told; `workers` are threads that decode, and 0 is as 1.
         device: where the images of a batch lie; on a CUDA device it also decodes and augments them.
-        workers: threads that decode; 0 is as 1. Changes no number.
         others: as for `IndexedReader`.
 
     Raises:
@@ -59,53 +58,39 @@ class DaliReader(PositionedReader):
         self,
         folder: Path,
         split: str,
+        options: ReaderOptions,
         *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        image_size: int,
-        channels: int,
-        augment: Augment | None = None,
-        workers: int = 0,
-        on_bad_sample: Literal["stop", "skip"] = "stop",
-        bad_sample_budget: float = 0.001,
-        accumulation_steps: int = 1,
         order: OrderOptions | None = None,
         num_classes: int | None = None,
         label_noise: float = 0.0,
         device: torch.device = _CPU,
     ) -> None:
         check_installed()
-        samples = StoredSamples(folder, split, image_size=image_size, channels=channels, num_classes=num_classes)
+        samples = StoredSamples(
+            folder, split, image_size=options.image_size, channels=options.channels, num_classes=num_classes
+        )
         # One order for all threads: it may hold numbers of every sample.
         batches = open_batches(
             samples,
+            options,
             num_classes=samples.num_classes,
             shard_sizes=samples.shard_sizes,
             true_labels=lambda: samples.labels,
             label_noise=label_noise,
             order=order,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            accumulation_steps=accumulation_steps,
-            seed=seed,
-            augment=augment,
-            is_skipping=on_bad_sample == "skip",
             what=f"split {split!r} of {folder}",
         )
         super().__init__(samples.class_counts, samples.num_samples)
         self._device = device
-        self._num_decoding = max(1, workers)
+        self._num_decoding = max(1, options.workers)
         num_reading = min(self._num_decoding, _MAX_READING_THREADS)
-        self._step = batch_size * world_size
+        self._step = options.micro_batch_size
         self._makers = []
         for _ in range(num_reading):
             own = samples.twin(num_reading)
-            ordered = replace(batches, samples=with_label_noise(own, own.num_classes, label_noise, seed))
-            self._makers.append(InputMaker(own, ordered, image_size, channels, device.type == "cuda"))
-        self._budget = SkipBudget(bad_sample_budget, samples.num_samples, world_size)
+            ordered = replace(batches, samples=with_label_noise(own, own.num_classes, label_noise, options.seed))
+            self._makers.append(InputMaker(own, ordered, options.image_size, options.channels, device.type == "cuda"))
+        self._budget = SkipBudget(options.bad_sample_budget, samples.num_samples, options.world_size)
 
     def _release(self) -> None:
         for maker in self._makers:

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megaclass.config import Augment
 from megaclass.data.batch import Batch
 from megaclass.data.counter import Stream, hash_counters
 from megaclass.data.dali_pipeline import BATCHES_AHEAD, check_installed, decode, new_pipeline, take_batch
 from megaclass.data.members import IMAGE_EXTENSIONS
+from megaclass.data.options import ReaderOptions
 from megaclass.data.reader import PositionedReader, check_enough_samples
 from megaclass.data.samples import StoredSamples
 from megaclass.errors import ConfigError
@@ -43,11 +43,11 @@ class DaliStreamReader(PositionedReader):
     """Endless full batches from DALI's own webdataset reader; see the module for their order.
 
     Args:
-        device: where the images of a batch lie; on a CUDA device it also decodes them.
-        workers: threads that decode; 0 is as 1. Changes no number.
+        options: what every reader is told, but `on_bad_sample` is `stop`, and of `augment` there is only `flip`, drawn
+            by DALI for each sample read. `workers` are threads that decode, and 0 is as 1.
         shuffle_buffer: samples that are mixed; 1 keeps the order within the shards.
-        augment: `flip`, drawn by DALI for each sample read; nothing else.
-        others: as for `IndexedReader`.
+        device: where the images of a batch lie; on a CUDA device it also decodes them.
+        folder, split: as for `IndexedReader`.
 
     Raises:
         ConfigError: DALI is not installed or cannot run on the device.
@@ -60,45 +60,35 @@ class DaliStreamReader(PositionedReader):
         self,
         folder: Path,
         split: str,
+        options: ReaderOptions,
         *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        image_size: int,
-        channels: int,
-        augment: Augment | None = None,
-        workers: int = 0,
-        accumulation_steps: int = 1,
         shuffle_buffer: int | None = None,
         device: torch.device = _CPU,
     ) -> None:
+        assert not options.is_skipping, options
         check_installed()
-        self._samples = StoredSamples(folder, split, image_size=image_size, channels=channels)
+        self._samples = StoredSamples(folder, split, image_size=options.image_size, channels=options.channels)
         num_samples, what = self._samples.num_samples, f"split {split!r} of {folder}"
-        check_enough_samples(num_samples, batch_size, world_size, accumulation_steps, what)
+        check_enough_samples(num_samples, options, what)
         super().__init__(self._samples.class_counts, num_samples)
-        self._folder, self._batch_size, self._image_size, self._channels = folder, batch_size, image_size, channels
-        self._rank, self._world_size, self._seed = rank, world_size, seed
-        self._flip = 0.0 if augment is None else augment.flip
-        self._num_threads = max(1, workers)
+        self._folder, self._options = folder, options
         self._buffer = shuffle_buffer or DEFAULT_BUFFER
         self._device = device
 
     def ring(self, position: int) -> NDArray[np.int64]:
         """[num_samples] ids in the order in which this rank reads them from a position on, before they are mixed."""
-        sizes = self._samples.shard_sizes
-        shards = np.argsort(hash_counters(self._seed, Stream.SHARD_ORDER, 0, np.arange(len(sizes))), kind="stable")
+        options, sizes = self._options, self._samples.shard_sizes
+        shards = np.argsort(hash_counters(options.seed, Stream.SHARD_ORDER, 0, np.arange(len(sizes))), kind="stable")
         first = np.cumsum(sizes) - sizes
         ids = np.concatenate([first[shard] + np.arange(sizes[shard]) for shard in shards])
-        begin = self.num_samples * self._rank // self._world_size + position // self._world_size
+        begin = self.num_samples * options.rank // options.world_size + position // options.world_size
         return np.roll(ids, -(begin % self.num_samples))
 
     def _release(self) -> None:
         self._samples.close()
 
     def _batches(self, position: int) -> Generator[Batch, None, None]:
-        step = self._batch_size * self._world_size
+        step = self._options.micro_batch_size
         pipe = self._started(position, is_decoding=True)
         for start in count(position, step):
             try:
@@ -141,7 +131,7 @@ class DaliStreamReader(PositionedReader):
             with tempfile.TemporaryDirectory(prefix="megaclass-dali-") as folder:
                 paths, indexes, sizes = _write_indexes(self._samples, self.ring(position), Path(folder))
                 # DALI takes twice as long where it resizes, also to the size there is.
-                is_resizing = sizes != {(self._image_size, self._image_size)}
+                is_resizing = sizes != {(self._options.image_size,) * 2}
                 pipeline = self._pipeline(paths, indexes, position, is_decoding, is_resizing)
                 pipeline.build()
         except RuntimeError as error:
@@ -158,10 +148,11 @@ class DaliStreamReader(PositionedReader):
     ) -> Any:
         from nvidia.dali import fn, types
 
-        drawn = hash_counters(self._seed, Stream.SHUFFLE_BUFFER, self._rank, np.array([position, position + 1]))
+        options = self._options
+        drawn = hash_counters(options.seed, Stream.SHUFFLE_BUFFER, options.rank, np.array([position, position + 1]))
         # DALI takes seeds of 31 bits.
         shuffle_seed, flip_seed = (int(number) >> 33 for number in drawn)
-        pipe = new_pipeline(self._batch_size, self._num_threads, self._device)
+        pipe = new_pipeline(options.batch_size, max(1, options.workers), self._device)
         with pipe:
             read: Any = fn.readers.webdataset(
                 paths=paths,
@@ -177,12 +168,13 @@ class DaliStreamReader(PositionedReader):
             if not is_decoding:
                 pipe.set_outputs(names)
                 return pipe
-            images = decode(encoded, self._channels, self._device)
+            images = decode(encoded, options.channels, self._device)
             if is_resizing:
                 images = fn.resize(
-                    images, size=[self._image_size] * 2, interp_type=types.INTERP_TRIANGULAR, antialias=True
+                    images, size=[options.image_size] * 2, interp_type=types.INTERP_TRIANGULAR, antialias=True
                 )
-            mirrored = fn.random.coin_flip(probability=self._flip, seed=flip_seed) if self._flip else 0
+            flip = options.augment.flip
+            mirrored = fn.random.coin_flip(probability=flip, seed=flip_seed) if flip else 0
             planes = fn.crop_mirror_normalize(
                 images, mirror=mirrored, mean=[0.0], std=[1.0], dtype=types.UINT8, output_layout="CHW"
             )

@@ -15,6 +15,7 @@ from megaclass.config import Dataset
 from megaclass.data.batch import Reader
 from megaclass.data.indexed import IndexedReader
 from megaclass.data.open_order import OrderOptions
+from megaclass.data.options import ReaderOptions
 from megaclass.data.synthetic import SyntheticReader
 
 
@@ -30,29 +31,25 @@ def open_reader(
 ) -> Reader:
     """The training reader `dataset.reader` of one rank.
 
-    Args:
-        dataset: the options; `dataset.path` is set unless the reader is `synthetic`.
-        batch_size: of one rank and one micro-batch: global batch / (world size * accumulation steps).
-        accumulation_steps: micro-batches per step.
-        rank: of this process.
-        world_size: number of ranks.
-        seed: `train.seed`, same on every rank.
-        device: that the trainer computes on, where reader `dali` decodes and augments; default: the CPU.
+    `dataset.path` is set unless the reader is `synthetic`. `device` is the one that the trainer computes on, where DALI
+    decodes and augments; default: the CPU. The rest is as in `ReaderOptions`.
 
     Raises:
         ConfigError, DataError: as the readers do.
     """
-    common: dict[str, Any] = {
-        "batch_size": batch_size,
-        "accumulation_steps": accumulation_steps,
-        "rank": rank,
-        "world_size": world_size,
-        "seed": seed,
-        "image_size": dataset.image_size,
-        "channels": dataset.channels,
-        "augment": dataset.augment,
-        "workers": dataset.workers,
-    }
+    options = ReaderOptions(
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        image_size=dataset.image_size,
+        channels=dataset.channels,
+        augment=dataset.augment,
+        workers=dataset.workers,
+        on_bad_sample=dataset.on_bad_sample,
+        bad_sample_budget=dataset.bad_sample_budget,
+        accumulation_steps=accumulation_steps,
+    )
     ordered: dict[str, Any] = {
         "label_noise": dataset.label_noise,
         "order": OrderOptions(
@@ -62,28 +59,26 @@ def open_reader(
             repeats=dataset.repeats,
         ),
     }
+    device = device or torch.device("cpu")
     if dataset.reader == "synthetic":
-        return SyntheticReader(**dataset.synthetic.model_dump(), **common, **ordered)
+        return SyntheticReader(options, **dataset.synthetic.model_dump(), **ordered)
     assert dataset.path is not None
-    policy: dict[str, Any] = {"on_bad_sample": dataset.on_bad_sample, "bad_sample_budget": dataset.bad_sample_budget}
     if dataset.reader == "stream":
         from megaclass.data.stream import StreamReader
 
-        stream: dict[str, Any] = {"shuffle_buffer": dataset.shuffle_buffer, "remote": dataset.remote}
-        return StreamReader(dataset.path, dataset.split, **common, **policy, **stream)
+        return StreamReader(
+            dataset.path, dataset.split, options, shuffle_buffer=dataset.shuffle_buffer, remote=dataset.remote
+        )
     assert isinstance(dataset.path, Path), dataset.path
     if dataset.reader == "dali-stream":
         from megaclass.data.dali_stream import DaliStreamReader
 
         return DaliStreamReader(
-            dataset.path, dataset.split, **common, shuffle_buffer=dataset.shuffle_buffer,
-            device=device or torch.device("cpu"),
-        )  # fmt: skip
-    chosen: dict[str, Any] = {"num_classes": dataset.num_classes, **ordered}
+            dataset.path, dataset.split, options, shuffle_buffer=dataset.shuffle_buffer, device=device
+        )
+    ordered["num_classes"] = dataset.num_classes
     if dataset.reader == "dali":
         from megaclass.data.dali import DaliReader
 
-        return DaliReader(
-            dataset.path, dataset.split, **common, **policy, **chosen, device=device or torch.device("cpu")
-        )
-    return IndexedReader(dataset.path, dataset.split, **common, **policy, **chosen)
+        return DaliReader(dataset.path, dataset.split, options, **ordered, device=device)
+    return IndexedReader(dataset.path, dataset.split, options, **ordered)

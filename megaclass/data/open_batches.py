@@ -10,28 +10,22 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from megaclass.config import Augment
 from megaclass.data.label_noise import labels_seen, with_label_noise
 from megaclass.data.open_order import OrderOptions, open_order
+from megaclass.data.options import ReaderOptions
 from megaclass.data.ordered import OrderedBatches, Samples
 from megaclass.data.reader import check_enough_samples
 
 
 def open_batches(
     samples: Samples,
+    options: ReaderOptions,
     *,
     num_classes: int,
     shard_sizes: NDArray[np.int64],
     true_labels: Callable[[], NDArray[np.int64]],
     label_noise: float,
     order: OrderOptions | None,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    accumulation_steps: int,
-    seed: int,
-    augment: Augment | None,
-    is_skipping: bool,
     what: str,
 ) -> OrderedBatches:
     """The batches of one rank, of these samples.
@@ -44,22 +38,22 @@ def open_batches(
         ConfigError: wrong labels of a single class.
         DataError: an epoch is smaller than a global batch, or there are too few classes for the order.
     """
-    check_enough_samples(samples.num_samples, batch_size, world_size, accumulation_steps, what)
-    seen = with_label_noise(samples, num_classes, label_noise, seed)
+    check_enough_samples(samples.num_samples, options, what)
+    seen = with_label_noise(samples, num_classes, label_noise, options.seed)
     return OrderedBatches(
         samples=seen,
         order=open_order(
             order or OrderOptions(),
             shard_sizes=shard_sizes,
             labels=lambda: labels_seen(seen, true_labels()),
-            seed=seed,
-            micro_batch_size=batch_size * world_size,
+            seed=options.seed,
+            micro_batch_size=options.micro_batch_size,
             what=what,
         ),
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-        augment=augment or Augment(),
-        is_skipping=is_skipping,
+        batch_size=options.batch_size,
+        rank=options.rank,
+        world_size=options.world_size,
+        seed=options.seed,
+        augment=options.augment,
+        is_skipping=options.is_skipping,
     )

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from megaclass.data.bad_samples import SkipBudget
 from megaclass.data.batch import Batch, SkippedSample
+from megaclass.data.options import ReaderOptions
 from megaclass.errors import DataError, UserError
 
 _BATCHES_AHEAD = 2
@@ -88,11 +89,9 @@ class BatchReader(PositionedReader):
     Args:
         plan: position → endless items, one per batch from there on; runs in the trainer's process.
         make: item → batch; a pure function that may run in a worker; raises `UserError` for bad data.
+        options: what every reader is told. Without workers, batches are made when they are asked for.
         class_counts: [num_classes] int64, samples of each class; labels are in [0, num_classes).
         num_samples: of an epoch, over all ranks.
-        workers: decoding processes; 0 makes the batches in the trainer's process when they are asked for.
-        batch_numbers: most numbers in the images of a batch.
-        budget: what may be skipped.
         release: closes what `make` opened in this process.
     """
 
@@ -100,20 +99,18 @@ class BatchReader(PositionedReader):
         self,
         plan: Callable[[int], Iterator[Any]],
         make: Callable[[Any], Batch],
+        options: ReaderOptions,
         *,
         class_counts: NDArray[np.int64],
         num_samples: int,
-        workers: int,
-        batch_numbers: int,
-        budget: SkipBudget,
         release: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(class_counts, num_samples)
         self._plan = plan
         self._make = make
-        self._workers = workers
-        self._batch_numbers = batch_numbers
-        self._budget = budget
+        self._workers = options.workers
+        self._batch_numbers = options.batch_size * options.channels * options.image_size**2
+        self._budget = SkipBudget(options.bad_sample_budget, num_samples, options.world_size)
         self._free = release
 
     def _release(self) -> None:
@@ -267,11 +264,9 @@ def _end_when_the_trainer_says() -> None:
     os._exit(0)
 
 
-def check_enough_samples(
-    num_samples: int, batch_size: int, world_size: int, accumulation_steps: int, what: str
-) -> None:
+def check_enough_samples(num_samples: int, options: ReaderOptions, what: str) -> None:
     """`DataError` if an epoch is smaller than a global batch, in which a sample would then stand twice."""
-    global_batch_size = batch_size * world_size * accumulation_steps
+    global_batch_size = options.micro_batch_size * options.accumulation_steps
     if num_samples < global_batch_size:
         raise DataError(
             f"{what} has {num_samples} samples, fewer than train.global_batch_size {global_batch_size}; lower the "

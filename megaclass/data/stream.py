@@ -19,7 +19,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Literal
 
 import numpy as np
 import torch
@@ -28,13 +27,14 @@ from numpy.typing import NDArray
 
 from megaclass.config import Augment, Remote
 from megaclass.data.address import Address, Location
-from megaclass.data.bad_samples import BadSample, SkipBudget
+from megaclass.data.bad_samples import BadSample
 from megaclass.data.batch import Batch
 from megaclass.data.counter import Stream, hash_counters
 from megaclass.data.decode import decode_into
 from megaclass.data.folder import DataFolder, open_folder
 from megaclass.data.manifest import ShardInfo, SplitInfo, load_index, load_split
 from megaclass.data.members import check_label, check_shard, parse_label, read_samples
+from megaclass.data.options import ReaderOptions
 from megaclass.data.reader import BatchReader, check_enough_samples
 from megaclass.data.samples import check_shard_files
 from megaclass.data.transforms import transform
@@ -255,18 +255,8 @@ class StreamReader(BatchReader):
         self,
         folder: Location,
         split: str,
+        options: ReaderOptions,
         *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        image_size: int,
-        channels: int,
-        augment: Augment | None = None,
-        workers: int = 0,
-        on_bad_sample: Literal["stop", "skip"] = "stop",
-        bad_sample_budget: float = 0.001,
-        accumulation_steps: int = 1,
         shuffle: bool = True,
         shuffle_buffer: int | None = None,
         remote: Remote | None = None,
@@ -276,39 +266,37 @@ class StreamReader(BatchReader):
         if not isinstance(folder, Address):
             check_shard_files(folder, info)
         what = f"split {split!r} of {folder}"
-        check_enough_samples(info.num_samples, batch_size, world_size, accumulation_steps, what)
+        check_enough_samples(info.num_samples, options, what)
         stream = ShardStream(
             files,
             split,
             info,
-            rank=rank,
-            world_size=world_size,
-            seed=seed,
+            rank=options.rank,
+            world_size=options.world_size,
+            seed=options.seed,
             shuffle=shuffle,
             window=shuffle_buffer or DEFAULT_WINDOW,
         )
         decoder = RawBatchDecoder(
             num_classes=info.num_classes,
-            world_size=world_size,
-            image_size=image_size,
-            channels=channels,
-            seed=seed,
-            augment=augment or Augment(),
-            is_skipping=on_bad_sample == "skip",
+            world_size=options.world_size,
+            image_size=options.image_size,
+            channels=options.channels,
+            seed=options.seed,
+            augment=options.augment,
+            is_skipping=options.is_skipping,
         )
 
         def plan(position: int) -> Iterator[RawBatch]:
-            samples = stream.samples(position // world_size)
-            for start in count(position, batch_size * world_size):
-                yield RawBatch(start, list(islice(samples, batch_size)))
+            samples = stream.samples(position // options.world_size)
+            for start in count(position, options.micro_batch_size):
+                yield RawBatch(start, list(islice(samples, options.batch_size)))
 
         super().__init__(
             plan,
             decoder.make,
+            options,
             class_counts=stream.class_counts(),
             num_samples=info.num_samples,
-            workers=workers,
-            batch_numbers=batch_size * channels * image_size**2,
-            budget=SkipBudget(bad_sample_budget, info.num_samples, world_size),
             release=files.close,
         )

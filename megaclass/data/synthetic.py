@@ -13,11 +13,11 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from megaclass.config import Augment
-from megaclass.data.bad_samples import BadSample, SkipBudget
+from megaclass.data.bad_samples import BadSample
 from megaclass.data.counter import Stream, hash_counters
 from megaclass.data.open_batches import open_batches
 from megaclass.data.open_order import OrderOptions
+from megaclass.data.options import ReaderOptions
 from megaclass.data.reader import BatchReader
 
 _CELLS = 8
@@ -84,7 +84,9 @@ class SyntheticReader(BatchReader):
     """Batches of synthetic samples, in the same order logic as `IndexedReader`.
 
     Args:
-        num_classes, samples_per_class, noise, num_populated: see `SyntheticSamples`; the rest as for `IndexedReader`.
+        options: what every reader is told; no sample is bad.
+        num_classes, samples_per_class, noise, num_populated: see `SyntheticSamples`.
+        order, label_noise: as for `IndexedReader`.
 
     Raises:
         ConfigError: wrong labels of a single class.
@@ -93,46 +95,32 @@ class SyntheticReader(BatchReader):
 
     def __init__(
         self,
+        options: ReaderOptions,
         *,
         num_classes: int,
         samples_per_class: int,
         noise: float,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        image_size: int,
-        channels: int,
-        augment: Augment | None = None,
-        workers: int = 0,
-        accumulation_steps: int = 1,
         order: OrderOptions | None = None,
         label_noise: float = 0.0,
         num_populated: int | None = None,
     ) -> None:
-        samples = SyntheticSamples(num_classes, samples_per_class, noise, image_size, channels, seed, num_populated)
+        samples = SyntheticSamples(
+            num_classes, samples_per_class, noise, options.image_size, options.channels, options.seed, num_populated
+        )
         batches = open_batches(
             samples,
+            options,
             num_classes=num_classes,
             shard_sizes=np.array([samples.num_samples]),
             true_labels=lambda: samples.labels(np.arange(samples.num_samples)),
             label_noise=label_noise,
             order=order,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            accumulation_steps=accumulation_steps,
-            seed=seed,
-            augment=augment,
-            is_skipping=False,
             what="the synthetic data set",
         )
         super().__init__(
-            lambda position: count(position, batch_size * world_size),
+            lambda position: count(position, options.micro_batch_size),
             batches.make,
+            options,
             class_counts=samples.class_counts(),
             num_samples=samples.num_samples,
-            workers=workers,
-            batch_numbers=batch_size * channels * image_size**2,
-            budget=SkipBudget(0.0, samples.num_samples, world_size),
         )

@@ -13,6 +13,7 @@ import torch
 from megaclass.config import Augment
 from megaclass.data.dali import DaliReader
 from tests.support.image_files import every_kind, image_file, picture, write_files
+from tests.support.readers import opened
 from tests.support.tiny_dataset import tar_member, write_tiny_dataset
 from tests.unit.test_data_dali import (
     BEHIND_SOUND_HEADERS,
@@ -88,8 +89,8 @@ def test_a_bad_image_is_named_or_replaced_as_by_the_default_reader(
     label = np.load(folder / "train-000001.index.npy")["label"][3]
     members = tar_member(f"k.{extension}", data) + tar_member("k.label", label.astype("<i8").tobytes())
     bad = replace_sample(folder, 1, 3, members)
-    told = message(DaliReader(folder, "train", **arguments(), device=GPU), 5)
-    assert told == message(IndexedReader(folder, "train", **arguments()), 5)
+    told = message(opened(DaliReader, folder, "train", **arguments(), device=GPU), 5)
+    assert told == message(opened(IndexedReader, folder, "train", **arguments()), 5)
     one, two = both(folder, 10, device=GPU, on_bad_sample="skip", bad_sample_budget=0.1)
     assert_same_samples(one, two)
     assert levels(one, two).max() <= ROUNDING
@@ -100,7 +101,7 @@ def test_batches_are_whole_on_a_stream_of_ones_own(tmp_path: Path) -> None:
     """What DALI frees must not be written before torch has read it, whatever torch's stream is busy with."""
     folder = write_files(tmp_path / "data", [image_file(picture(112, 112, seed), "jpg") for seed in range(64)])
     fixed = arguments(batch_size=32, image_size=112, channels=3, augment=MOVED)
-    reader = DaliReader(folder, "train", **fixed, device=GPU)
+    reader = opened(DaliReader, folder, "train", **fixed, device=GPU)
     expected = [batch.images.cpu() for batch in islice(reader, 12)]
     reader.seek(0)
     ballast = torch.randn(4096, 4096, device=GPU)
@@ -118,7 +119,7 @@ def test_batches_are_whole_on_a_stream_of_ones_own(tmp_path: Path) -> None:
 
 def test_nothing_is_left_on_the_device(folder: Path) -> None:
     def once() -> int:
-        reader = DaliReader(folder, "train", **arguments(augment=MOVED), device=GPU)
+        reader = opened(DaliReader, folder, "train", **arguments(augment=MOVED), device=GPU)
         list(islice(reader, 2))
         reader.close()
         torch.cuda.synchronize()

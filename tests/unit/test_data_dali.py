@@ -24,6 +24,7 @@ from megaclass.data.indexed import IndexedReader
 from megaclass.data.open_order import OrderOptions
 from megaclass.errors import ConfigError, DataError
 from tests.support.image_files import every_kind, image_file, picture, write_files
+from tests.support.readers import opened
 from tests.support.tiny_dataset import tar_member, write_tiny_dataset
 from tests.unit.test_data_decode import BAD_IMAGES, blank_png
 from tests.unit.test_data_indexed import break_image, replace_sample
@@ -72,8 +73,8 @@ def both(
 ) -> tuple[list[Batch], list[Batch]]:
     """The same batches of the DALI reader on a device, and of the default one."""
     fixed = arguments(**options)
-    dali = DaliReader(folder, "train", **fixed, workers=2, device=device)
-    indexed = IndexedReader(folder, "train", **fixed)
+    dali = opened(DaliReader, folder, "train", **fixed, workers=2, device=device)
+    indexed = opened(IndexedReader, folder, "train", **fixed)
     assert (dali.num_classes, dali.num_samples) == (indexed.num_classes, indexed.num_samples)
     assert np.array_equal(dali.class_counts, indexed.class_counts)
     return read(dali, num_batches, position), read(indexed, num_batches, position)
@@ -216,14 +217,14 @@ def test_the_share_of_the_resizing_filter_inside_the_image() -> None:
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_threads_change_no_number(folder: Path, workers: int) -> None:
     fixed = arguments(augment=MOVED, image_size=14)
-    one = read(DaliReader(folder, "train", **fixed, workers=workers), 6)
-    two = read(DaliReader(folder, "train", **fixed, workers=2), 4, 24)
+    one = read(opened(DaliReader, folder, "train", **fixed, workers=workers), 6)
+    two = read(opened(DaliReader, folder, "train", **fixed, workers=2), 4, 24)
     assert_same_samples(one[2:], two)
     assert all(torch.equal(first.images, second.images) for first, second in zip(one[2:], two, strict=True))
 
 
 def test_iterating_again_starts_at_the_position_last_sought(folder: Path) -> None:
-    reader = DaliReader(folder, "train", **arguments())
+    reader = opened(DaliReader, folder, "train", **arguments())
     first = next(iter(reader))
     assert torch.equal(next(iter(reader)).ids, first.ids)
     reader.seek(24)
@@ -239,12 +240,12 @@ def test_iterating_again_starts_at_the_position_last_sought(folder: Path) -> Non
 
 def test_global_random_state_is_not_touched(folder: Path) -> None:
     state = torch.get_rng_state()
-    read(DaliReader(folder, "train", **arguments(augment=MOVED)), 3)
+    read(opened(DaliReader, folder, "train", **arguments(augment=MOVED)), 3)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_batch_keeps_its_pixels_while_others_are_made(folder: Path) -> None:
-    reader = DaliReader(folder, "train", **arguments(augment=MOVED))
+    reader = opened(DaliReader, folder, "train", **arguments(augment=MOVED))
     batches = iter(reader)
     first = next(batches)
     kept = first.images.clone()
@@ -271,8 +272,8 @@ def test_a_bad_image_is_named_or_replaced_as_by_the_default_reader(
         own, 1, 3, tar_member(f"k.{extension}", data) + tar_member("k.label", label.astype("<i8").tobytes())
     )
     fixed = arguments(augment=Augment(flip=0.5))
-    told = message(DaliReader(own, "train", **fixed), 5)
-    assert told == message(IndexedReader(own, "train", **fixed), 5)
+    told = message(opened(DaliReader, own, "train", **fixed), 5)
+    assert told == message(opened(IndexedReader, own, "train", **fixed), 5)
     assert "train-000001.tar" in told
     assert "key 'k'" in told
     one, two = both(own, 10, augment=Augment(flip=0.5), on_bad_sample="skip", bad_sample_budget=0.1)
@@ -287,7 +288,9 @@ def test_bad_members_too(own: Path, kind: str) -> None:
 
     label = int(np.load(own / "train-000001.index.npy")["label"][3])
     replace_sample(own, 1, 3, bad_members(kind, label))
-    assert message(DaliReader(own, "train", **arguments()), 5) == message(IndexedReader(own, "train", **arguments()), 5)
+    assert message(opened(DaliReader, own, "train", **arguments()), 5) == message(
+        opened(IndexedReader, own, "train", **arguments()), 5
+    )
 
 
 def test_many_bad_samples_and_the_budget(own: Path) -> None:
@@ -300,9 +303,9 @@ def test_many_bad_samples_and_the_budget(own: Path) -> None:
             assert_same_samples(one, two)
             assert any(batch.skipped for batch in one)
     fixed = arguments(batch_size=6, on_bad_sample="skip", bad_sample_budget=0.05)
-    told = message(DaliReader(own, "train", **fixed), 10)
+    told = message(opened(DaliReader, own, "train", **fixed), 10)
     assert "samples this rank read had to be skipped, allowed are 3" in told
-    assert told == message(IndexedReader(own, "train", **fixed), 10)
+    assert told == message(opened(IndexedReader, own, "train", **fixed), 10)
 
 
 def test_only_sound_headers_reach_dali(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +320,7 @@ def test_only_sound_headers_reach_dali(own: Path, monkeypatch: pytest.MonkeyPatc
         feed(self, feeds)
 
     monkeypatch.setattr(DaliPipeline, "feed", spy)
-    read(DaliReader(own, "train", **arguments(on_bad_sample="skip", bad_sample_budget=0.1)), 5)
+    read(opened(DaliReader, own, "train", **arguments(on_bad_sample="skip", bad_sample_budget=0.1)), 5)
     assert fed
     assert max(fed) < len(bomb)
 
@@ -333,7 +336,7 @@ def test_a_failure_that_no_sample_is_to_blame_for_is_not_hidden(folder: Path, mo
         return take(self)
 
     monkeypatch.setattr(DaliPipeline, "take", fail_later)
-    reader = DaliReader(folder, "train", **arguments())
+    reader = opened(DaliReader, folder, "train", **arguments())
     with pytest.raises(RuntimeError, match="out of memory"):
         read(reader, 9)
 
@@ -387,7 +390,7 @@ def test_damaged_files_are_refused_and_accepted_alike(tmp_path: Path) -> None:
 def test_without_dali_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(ConfigError, match=r"dataset.reader dali needs NVIDIA DALI .*pip install 'megaclass\[dali\]'"):
-        DaliReader(folder, "train", **arguments())
+        opened(DaliReader, folder, "train", **arguments())
 
 
 def test_dali_is_imported_by_its_reader_alone() -> None:
@@ -400,7 +403,7 @@ def test_dali_is_imported_by_its_reader_alone() -> None:
 def test_a_device_that_dali_cannot_use_is_named(folder: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    reader = DaliReader(folder, "train", **arguments(), device=torch.device("cuda", 0))
+    reader = opened(DaliReader, folder, "train", **arguments(), device=torch.device("cuda", 0))
     with pytest.raises(ConfigError, match=r"DALI cannot run on cuda:0: .*use dataset.reader: indexed"):
         next(iter(reader))
     reader.close()
@@ -427,10 +430,10 @@ def test_nothing_is_left_of_fifty_readers(folder: Path) -> None:
     def held() -> tuple[int, int]:
         return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 
-    read(DaliReader(folder, "train", **arguments(augment=MOVED), workers=2), 1)
+    read(opened(DaliReader, folder, "train", **arguments(augment=MOVED), workers=2), 1)
     before = held()
     for number in range(50):
-        reader = DaliReader(folder, "train", **arguments(augment=MOVED), workers=2)
+        reader = opened(DaliReader, folder, "train", **arguments(augment=MOVED), workers=2)
         batches = iter(reader)
         next(batches)
         if number % 2:

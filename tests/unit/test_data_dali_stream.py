@@ -22,7 +22,9 @@ from megaclass.data.batch import Batch
 from megaclass.data.dali_stream import DaliStreamReader
 from megaclass.data.indexed import IndexedReader
 from megaclass.data.open_order import OrderOptions
+from megaclass.data.options import ReaderOptions
 from megaclass.errors import DataError
+from tests.support.readers import opened
 from tests.support.tiny_dataset import tar_member, write_tiny_dataset
 from tests.support.training import sample_ids, small_config
 from tests.unit.test_data_decode import blank_png
@@ -42,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 def reader(folder: Path, **options: Any) -> DaliStreamReader:
     fixed = {"batch_size": 12, "rank": 0, "world_size": 1, "seed": 4, "image_size": SIZE, "channels": 3}
-    return DaliStreamReader(folder, "train", **{**fixed, **options})
+    return opened(DaliStreamReader, folder, "train", **{**fixed, **options})
 
 
 def read(folder: Path, num_batches: int, position: int = 0, **options: Any) -> list[Batch]:
@@ -61,10 +63,8 @@ def ids(batches: list[Batch]) -> list[int]:
 @pytest.mark.parametrize("image_size", [SIZE, 11])
 def test_ids_labels_and_pixels_belong_together(folder: Path, image_size: int) -> None:
     batches = read(folder, 7, image_size=image_size)
-    indexed = IndexedReader(
-        folder, "train", batch_size=NUM_SAMPLES, rank=0, world_size=1, seed=0, image_size=image_size, channels=3,
-        order=OrderOptions(shuffle=False),
-    )  # fmt: skip
+    options = ReaderOptions(batch_size=NUM_SAMPLES, rank=0, world_size=1, seed=0, image_size=image_size, channels=3)
+    indexed = IndexedReader(folder, "train", options, order=OrderOptions(shuffle=False))
     every = next(iter(indexed)).to(torch.device("cpu"))
     indexed.close()
     assert every.ids.tolist() == list(range(NUM_SAMPLES))

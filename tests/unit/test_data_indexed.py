@@ -17,6 +17,7 @@ from megaclass.data.indexed import IndexedReader
 from megaclass.data.manifest import load_index, load_manifest
 from megaclass.data.open_order import OrderOptions
 from megaclass.errors import DataError
+from tests.support.readers import opened
 from tests.support.tiny_dataset import (
     encode,
     shard_entry,
@@ -33,7 +34,7 @@ AUGMENT = Augment(flip=0.5, shift=0.1, rotation=10, erase=0.5)
 
 def open_indexed(folder: Path, batch_size: int, rank: int = 0, world_size: int = 1, **options: Any) -> IndexedReader:
     fixed: dict[str, Any] = {"seed": 4, "image_size": SIZE, "channels": 1, **options}
-    return IndexedReader(folder, "train", batch_size=batch_size, rank=rank, world_size=world_size, **fixed)
+    return opened(IndexedReader, folder, "train", batch_size=batch_size, rank=rank, world_size=world_size, **fixed)
 
 
 def read(reader: IndexedReader, num_batches: int, position: int = 0) -> list[Batch]:

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from megaclass.data.bad_samples import SkipBudget
 from megaclass.data.batch import Batch
+from megaclass.data.options import ReaderOptions
 from megaclass.data.reader import BatchReader
 from megaclass.errors import DataError
 from tests.support.tiny_dataset import write_tiny_dataset
@@ -42,12 +42,17 @@ def numbered(make: Any = None, workers: int = 2) -> BatchReader:
     return BatchReader(
         lambda position: count(position, 2),
         batch,
+        two_images(8, 1, workers),
         class_counts=np.array([100]),
         num_samples=100,
-        workers=workers,
-        batch_numbers=2 * 8 * 8,
-        budget=SkipBudget(0, 100, 1),
     )
+
+
+def two_images(image_size: int, channels: int, workers: int) -> ReaderOptions:
+    return ReaderOptions(
+        batch_size=2, rank=0, world_size=1, seed=0, image_size=image_size, channels=channels, workers=workers,
+        bad_sample_budget=0,
+    )  # fmt: skip
 
 
 def test_workers_change_no_number(tmp_path: Path) -> None:
@@ -168,8 +173,7 @@ def test_layout_and_type_of_images_survive_the_way(workers: int) -> None:
     ids = torch.arange(2)
     reader = BatchReader(
         lambda position: count(position, 2), lambda position: Batch(made[position // 2 % 2], ids, ids, position + 2),
-        class_counts=np.array([100]), num_samples=100, workers=workers, batch_numbers=2 * 5 * 5 * 3,
-        budget=SkipBudget(0, 100, 1),
+        two_images(5, 3, workers), class_counts=np.array([100]), num_samples=100,
     )  # fmt: skip
     for batch, _ in zip(reader, range(9), strict=False):
         expected = made[(batch.position - 2) // 2 % 2]

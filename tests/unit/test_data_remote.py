@@ -27,6 +27,7 @@ from megaclass.data.folder import files_of, open_folder
 from megaclass.data.manifest import load_manifest
 from megaclass.data.stream import StreamReader
 from megaclass.errors import ConfigError, DataError
+from tests.support.readers import opened
 from tests.support.shard_server import Fault, ShardServer, serve
 from tests.support.tiny_dataset import write_manifest, write_tiny_dataset
 from tests.unit.test_data_indexed import SIZE
@@ -60,7 +61,8 @@ def remote(tmp_path: Path, **options: Any) -> Remote:
 def open_remote(server: ShardServer, tmp_path: Path, batch_size: int = 12, *, options: Any = None, **more: Any) -> Any:
     location = parse_location(server.url)
     fixed: dict[str, Any] = {"rank": 0, "world_size": 1, "seed": 4, "image_size": SIZE, "channels": 1, **more}
-    return StreamReader(location, "train", batch_size=batch_size, remote=remote(tmp_path, **(options or {})), **fixed)
+    own = remote(tmp_path, **(options or {}))
+    return opened(StreamReader, location, "train", batch_size=batch_size, remote=own, **fixed)
 
 
 def hold(server: ShardServer, tmp_path: Path, name: str = SHARD, **options: Any) -> bytes:

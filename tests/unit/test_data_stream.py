@@ -12,19 +12,19 @@ import torch
 
 from megaclass.data import stream
 from megaclass.data.batch import Batch
-from megaclass.data.indexed import IndexedReader
 from megaclass.data.manifest import load_index, load_manifest
 from megaclass.data.members import read_samples
 from megaclass.data.open_order import OrderOptions
 from megaclass.data.stream import StreamReader
 from megaclass.errors import DataError
+from tests.support.readers import opened
 from tests.support.tiny_dataset import write_manifest, write_tiny_dataset
-from tests.unit.test_data_indexed import AUGMENT, SIZE, bad_members, break_image, replace_sample
+from tests.unit.test_data_indexed import AUGMENT, SIZE, bad_members, break_image, open_indexed, replace_sample
 
 
 def open_stream(folder: Path, batch_size: int, rank: int = 0, world_size: int = 1, **options: Any) -> StreamReader:
     fixed: dict[str, Any] = {"seed": 4, "image_size": SIZE, "channels": 1, **options}
-    return StreamReader(folder, "train", batch_size=batch_size, rank=rank, world_size=world_size, **fixed)
+    return opened(StreamReader, folder, "train", batch_size=batch_size, rank=rank, world_size=world_size, **fixed)
 
 
 def read(reader: StreamReader, num_batches: int, position: int = 0) -> list[Batch]:
@@ -45,10 +45,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_images_and_labels_are_those_of_the_indexed_reader(folder: Path) -> None:
-    options: dict[str, Any] = {"seed": 4, "image_size": SIZE, "channels": 1, "augment": AUGMENT}
-    in_order = OrderOptions(shuffle=False)
     streamed = read(open_stream(folder, 12, shuffle=False, augment=AUGMENT), 10)
-    reader = IndexedReader(folder, "train", batch_size=12, rank=0, world_size=1, order=in_order, **options)
+    reader = open_indexed(folder, 12, order=OrderOptions(shuffle=False), augment=AUGMENT)
     for one, other in zip(streamed, islice(reader, 10), strict=True):
         assert torch.equal(one.ids, other.ids)
         assert torch.equal(one.labels, other.labels)

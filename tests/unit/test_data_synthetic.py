@@ -10,11 +10,13 @@ import torch
 from megaclass.config import Augment
 from megaclass.data.synthetic import SyntheticReader, SyntheticSamples
 from megaclass.errors import DataError
+from tests.support.readers import opened
 
 
 def open_synthetic(batch_size: int, rank: int = 0, world_size: int = 1, **options: Any) -> SyntheticReader:
     fixed: dict[str, Any] = {"num_classes": 13, "samples_per_class": 4, "noise": 0.5, "seed": 3, "image_size": 17}
-    return SyntheticReader(batch_size=batch_size, rank=rank, world_size=world_size, channels=3, **(fixed | options))
+    where = {"batch_size": batch_size, "rank": rank, "world_size": world_size, "channels": 3}
+    return opened(SyntheticReader, **where, **(fixed | options))
 
 
 def test_each_sample_once_per_epoch_over_all_ranks() -> None:
