@@ -17,7 +17,6 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -84,12 +83,12 @@ class DaliReader(PositionedReader):
         self._device = device
         self._num_decoding = max(1, options.workers)
         num_reading = min(self._num_decoding, _MAX_READING_THREADS)
-        self._step = options.micro_batch_size
+        self._plan = batches.plan
         self._makers = []
         for _ in range(num_reading):
             own = samples.twin(num_reading)
             ordered = replace(batches, samples=with_label_noise(own, own.num_classes, label_noise, options.seed))
-            self._makers.append(InputMaker(own, ordered, options.image_size, options.channels, device.type == "cuda"))
+            self._makers.append(InputMaker(own, ordered, device.type == "cuda"))
         self._budget = SkipBudget(options.bad_sample_budget, samples.num_samples, options.world_size)
 
     def _release(self) -> None:
@@ -100,7 +99,7 @@ class DaliReader(PositionedReader):
         self._budget.restart()
         decoding = _Decoding(self._makers, self._device, self._num_decoding)
         try:
-            for start in count(position, self._step):
+            for start in self._plan(position):
                 while decoding.is_full:
                     batch = decoding.next_batch()
                     self._budget.count(len(batch.ids), batch.skipped)

@@ -18,6 +18,7 @@ from megaclass.data.dali_pipeline import Feeds, Form, as_netpbm, resize_feeds, w
 from megaclass.data.decode import Header, decode_pixels, judge_header, judge_jpeg_data
 from megaclass.data.label_noise import NoisyLabels
 from megaclass.data.members import SampleMembers
+from megaclass.data.options import ReaderOptions
 from megaclass.data.order import rank_positions
 from megaclass.data.ordered import OrderedBatches
 from megaclass.data.samples import StoredSamples
@@ -42,15 +43,16 @@ class InputMaker:
     Attributes:
         samples: where encoded images and labels come from.
         ordered: the default reader's maker of batches, over the same samples.
-        image_size, channels: of the finished images.
         is_on_gpu: whether a GPU decodes.
     """
 
     samples: StoredSamples
     ordered: OrderedBatches
-    image_size: int
-    channels: int
     is_on_gpu: bool
+
+    @property
+    def _options(self) -> ReaderOptions:
+        return self.ordered.options
 
     def make(self, position: int) -> DaliInput | Batch:
         """This rank's part of the micro-batch that starts at `position`.
@@ -70,8 +72,8 @@ class InputMaker:
         return self._make(position, is_decoding=True)
 
     def _make(self, position: int, *, is_decoding: bool) -> DaliInput:
-        ordered = self.ordered
-        positions = rank_positions(position, ordered.batch_size, ordered.rank, ordered.world_size)
+        ordered, options = self.ordered, self._options
+        positions = rank_positions(position, options.batch_size, options.rank, options.world_size)
         ids, visits = ordered.order.visits(positions)
         labels = np.zeros(len(ids), np.int64)
         headers, images = [], []
@@ -89,8 +91,8 @@ class InputMaker:
         feeds["encoded"] = images
         if form.resizes:
             sides = [header.height for header in headers], [header.width for header in headers]
-            feeds.update(resize_feeds(*sides, self.image_size))
-        end = position + ordered.batch_size * ordered.world_size
+            feeds.update(resize_feeds(*sides, options.image_size))
+        end = position + options.micro_batch_size
         return DaliInput(position, end, ids, labels, form, feeds)
 
     def _differs(self, header: Header) -> bool:
@@ -99,32 +101,32 @@ class InputMaker:
         On a CPU it smooths colour between the pixels of a subsampled JPEG and has no way to leave that out: at the
         edge of two colours that makes a hundred grey levels.
         """
-        return not header.is_plain or (header.is_subsampled and self.channels == 3 and not self.is_on_gpu)
+        return not header.is_plain or (header.is_subsampled and self._options.channels == 3 and not self.is_on_gpu)
 
     def _image(self, members: SampleMembers, is_ours: bool) -> NDArray[np.uint8]:
         """The bytes of an image file: the stored one, or one of the pixels that the default reader sees in it."""
         if is_ours:
-            return as_netpbm(decode_pixels(members.image, members.extension, self.channels))
+            return as_netpbm(decode_pixels(members.image, members.extension, self._options.channels))
         return np.frombuffer(members.image, np.uint8)
 
     def _form(self, headers: list[Header]) -> Form:
-        augment, size = self.ordered.augment, self.image_size
+        options, augment = self._options, self._options.augment
         return Form(
-            batch_size=self.ordered.batch_size,
-            image_size=size,
-            channels=self.channels,
+            batch_size=options.batch_size,
+            image_size=options.image_size,
+            channels=options.channels,
             flips=augment.flip > 0,
             warps=bool(augment.shift or augment.scale or augment.rotation or augment.shear or augment.crop),
             erases=augment.erase > 0,
-            resizes=any((header.height, header.width) != (size, size) for header in headers),
+            resizes=any((header.height, header.width) != (options.image_size,) * 2 for header in headers),
         )
 
     def _numbers(self, ids: NDArray[np.int64], visits: NDArray[np.int64]) -> Feeds:
-        form, augment = self._form([]), self.ordered.augment
-        changes = draw_changes(ids, visits, self.ordered.seed, augment, self.image_size)
+        form, options = self._form([]), self._options
+        changes = draw_changes(ids, visits, options.seed, options.augment, options.image_size)
         feeds: Feeds = {}
         if form.warps:
-            feeds["matrix"] = warp_matrices(changes.resampling, changes.is_mirrored, self.image_size)
+            feeds["matrix"] = warp_matrices(changes.resampling, changes.is_mirrored, options.image_size)
         elif form.flips:
             feeds["mirrored"] = changes.is_mirrored.astype(np.int32)
         if form.erases:

@@ -6,7 +6,6 @@ the samples on disk.
 
 from __future__ import annotations
 
-from itertools import count
 from pathlib import Path
 
 from megaclass.data.open_batches import open_batches
@@ -57,7 +56,7 @@ class IndexedReader(BatchReader):
             what=f"split {split!r} of {folder}",
         )
         super().__init__(
-            lambda position: count(position, options.micro_batch_size),
+            batches.plan,
             batches.make,
             options,
             class_counts=samples.class_counts,

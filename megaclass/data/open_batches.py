@@ -50,10 +50,5 @@ def open_batches(
             micro_batch_size=options.micro_batch_size,
             what=what,
         ),
-        batch_size=options.batch_size,
-        rank=options.rank,
-        world_size=options.world_size,
-        seed=options.seed,
-        augment=options.augment,
-        is_skipping=options.is_skipping,
+        options=options,
     )

@@ -1,7 +1,7 @@
 """What every reader is told, whatever it reads.
 
-Separate because it goes as it is from `open.py` through each reader to what makes its batches. What only some readers
-can do, as an order or labels that are wrong, stands beside it.
+Separate because it goes as it is from `open.py` through each reader to what makes its batches. What only some of them
+are told, such as an order, is an argument beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megaclass.config import Augment
 
 @dataclass(frozen=True)
 class ReaderOptions:
-    """The batches that one rank is to read; what a reader makes of less than all of it, its docstring says.
+    """The batches that one rank is to read. The configuration refuses what a reader cannot do of it.
 
     Attributes:
         batch_size: of one rank and one micro-batch: global batch / (world size * accumulation steps).

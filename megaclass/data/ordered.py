@@ -6,17 +6,19 @@ position, so it may run in any process.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megaclass.config import Augment
 from megaclass.data.bad_samples import BadSample
 from megaclass.data.batch import Batch, SkippedSample
 from megaclass.data.counter import Stream, hash_counters
+from megaclass.data.options import ReaderOptions
 from megaclass.data.order import Order, rank_positions
 from megaclass.data.transforms import transform
 from megaclass.errors import DataError
@@ -44,21 +46,16 @@ class OrderedBatches:
     Attributes:
         samples: where images and labels come from.
         order: which sample stands at a position.
-        batch_size: of this rank; all ranks together read `batch_size * world_size` positions in a row.
-        rank, world_size: of this reader.
-        seed: of augmentation and substitutes.
-        augment: random changes of the images.
-        is_skipping: replace bad samples by others instead of raising.
+        options: what the reader is told.
     """
 
     samples: Samples
     order: Order
-    batch_size: int
-    rank: int
-    world_size: int
-    seed: int
-    augment: Augment
-    is_skipping: bool
+    options: ReaderOptions
+
+    def plan(self, position: int) -> Iterator[int]:
+        """The positions that batches start at, from this one on; endless."""
+        return count(position, self.options.micro_batch_size)
 
     def make(self, position: int) -> Batch:
         """This rank's part of the micro-batch over all ranks that starts at `position`.
@@ -66,22 +63,23 @@ class OrderedBatches:
         Raises:
             DataError: a bad sample that is not to be skipped, or no good one found in its place.
         """
-        positions = rank_positions(position, self.batch_size, self.rank, self.world_size)
+        options = self.options
+        positions = rank_positions(position, options.batch_size, options.rank, options.world_size)
         ids, visits = self.order.visits(positions)
         images, labels, bad = self.samples.read(ids)
         num_read = len(ids)
         skipped: list[SkippedSample] = []
         known_bad = {int(ids[place]) for place in bad}
         for place, error in bad.items():
-            if not self.is_skipping:
+            if not options.is_skipping:
                 raise error.as_data_error()
             skipped.append(error.as_skipped(int(ids[place])))
             ids[place], images[place], labels[place], tries = self._substitute(
                 int(positions[place]), known_bad, skipped
             )
             num_read += tries
-        pixels = transform(images, ids, visits, self.seed, self.augment)
-        end = position + self.batch_size * self.world_size
+        pixels = transform(images, ids, visits, options.seed, options.augment)
+        end = position + options.micro_batch_size
         return Batch(pixels, torch.from_numpy(labels), torch.from_numpy(ids), end, tuple(skipped), num_read)
 
     def _substitute(
@@ -92,7 +90,7 @@ class OrderedBatches:
         Bad ones met on the way join `known_bad` and `skipped`.
         """
         num_read = 0
-        picks = hash_counters(self.seed, Stream.SUBSTITUTE, position, np.arange(_MAX_TRIES))
+        picks = hash_counters(self.options.seed, Stream.SUBSTITUTE, position, np.arange(_MAX_TRIES))
         for pick in (picks % np.uint64(self.samples.num_samples)).astype(np.int64).tolist():
             if pick in known_bad:
                 continue

@@ -25,7 +25,7 @@ import torch
 import webdataset
 from numpy.typing import NDArray
 
-from megaclass.config import Augment, Remote
+from megaclass.config import Remote
 from megaclass.data.address import Address, Location
 from megaclass.data.bad_samples import BadSample
 from megaclass.data.batch import Batch
@@ -76,8 +76,7 @@ class ShardStream:
     Args:
         files: the data set.
         split: its name; `info`: its manifest entry.
-        rank, world_size: the shards of an epoch, in an order drawn from (seed, epoch), are dealt to ranks in turn.
-        seed: of the order of shards and of the buffer.
+        options: the shards of an epoch, in an order drawn from (seed, epoch), are dealt to ranks in turn.
         shuffle: False keeps shards and samples in manifest order.
         window: samples in the buffer, which is filled anew in each epoch; 1 keeps the order within the shards.
 
@@ -90,23 +89,21 @@ class ShardStream:
         files: DataFolder,
         split: str,
         info: SplitInfo,
+        options: ReaderOptions,
         *,
-        rank: int,
-        world_size: int,
-        seed: int,
         shuffle: bool,
         window: int = DEFAULT_WINDOW,
     ) -> None:
         self._files, self._split, self._info = files, split, info
-        self._rank, self._world_size = rank, world_size
-        self._seed, self._shuffle, self._window = seed, shuffle, window
+        self._rank, self._world_size, self._seed = options.rank, options.world_size, options.seed
+        self._shuffle, self._window = shuffle, window
         self._sizes = np.array([shard.num_samples for shard in info.shards], np.int64)
         self._first_ids = np.cumsum(self._sizes) - self._sizes
         self._filled = np.flatnonzero(self._sizes)
-        if len(self._filled) < world_size:
+        if len(self._filled) < self._world_size:
             raise DataError(
-                f"split {split!r} of {files.location} has {len(self._filled)} shards with samples for {world_size} "
-                "ranks; use dataset.reader: indexed, or make the data set with more shards"
+                f"split {split!r} of {files.location} has {len(self._filled)} shards with samples for "
+                f"{self._world_size} ranks; use dataset.reader: indexed, or make the data set with more shards"
             )
 
     def samples(self, num_consumed: int) -> Iterator[RawSample]:
@@ -193,17 +190,12 @@ class RawBatchDecoder:
     """
 
     num_classes: int
-    world_size: int
-    image_size: int
-    channels: int
-    seed: int
-    augment: Augment
-    is_skipping: bool
+    options: ReaderOptions
 
     def make(self, raw: RawBatch) -> Batch:
         """Decode, check and augment; `DataError` for a bad sample under `stop`, or a batch with no good one."""
-        size = len(raw.samples)
-        images = np.empty((size, self.image_size, self.image_size, self.channels), np.uint8)
+        size, options = len(raw.samples), self.options
+        images = np.empty((size, options.image_size, options.image_size, options.channels), np.uint8)
         labels, good, skipped = np.zeros(size, np.int64), [], []
         for place, sample in enumerate(raw.samples):
             try:
@@ -211,7 +203,7 @@ class RawBatchDecoder:
                 good.append(place)
             except BadSample as error:
                 located = error.located(sample.where, sample.shard, sample.key)
-                if not self.is_skipping:
+                if not options.is_skipping:
                     raise located.as_data_error() from None
                 skipped.append(located.as_skipped(sample.sample_id))
         if not good:
@@ -220,13 +212,13 @@ class RawBatchDecoder:
             )
         source = np.arange(size)
         bad = np.setdiff1d(source, good)
-        picks = hash_counters(self.seed, Stream.SUBSTITUTE, raw.position, bad) % np.uint64(len(good))
+        picks = hash_counters(options.seed, Stream.SUBSTITUTE, raw.position, bad) % np.uint64(len(good))
         source[bad] = np.array(good)[picks.astype(np.int64)]
         images[bad] = images[source[bad]]
         ids = np.array([sample.sample_id for sample in raw.samples])[source]
         epochs = np.array([sample.epoch for sample in raw.samples])[source]
-        pixels = transform(images, ids, epochs, self.seed, self.augment)
-        end = raw.position + size * self.world_size
+        pixels = transform(images, ids, epochs, options.seed, options.augment)
+        end = raw.position + options.micro_batch_size
         # A substitute is taken from the samples at hand: each is one more taken, though none comes from the disk again.
         num_read = len(raw.samples) + len(bad)
         return Batch(pixels, torch.from_numpy(labels[source]), torch.from_numpy(ids), end, tuple(skipped), num_read)
@@ -267,25 +259,9 @@ class StreamReader(BatchReader):
             check_shard_files(folder, info)
         what = f"split {split!r} of {folder}"
         check_enough_samples(info.num_samples, options, what)
-        stream = ShardStream(
-            files,
-            split,
-            info,
-            rank=options.rank,
-            world_size=options.world_size,
-            seed=options.seed,
-            shuffle=shuffle,
-            window=shuffle_buffer or DEFAULT_WINDOW,
-        )
-        decoder = RawBatchDecoder(
-            num_classes=info.num_classes,
-            world_size=options.world_size,
-            image_size=options.image_size,
-            channels=options.channels,
-            seed=options.seed,
-            augment=options.augment,
-            is_skipping=options.is_skipping,
-        )
+        window = shuffle_buffer or DEFAULT_WINDOW
+        stream = ShardStream(files, split, info, options, shuffle=shuffle, window=window)
+        decoder = RawBatchDecoder(info.num_classes, options)
 
         def plan(position: int) -> Iterator[RawBatch]:
             samples = stream.samples(position // options.world_size)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,7 +117,7 @@ class SyntheticReader(BatchReader):
             what="the synthetic data set",
         )
         super().__init__(
-            lambda position: count(position, options.micro_batch_size),
+            batches.plan,
             batches.make,
             options,
             class_counts=samples.class_counts(),
