@@ -12,7 +12,7 @@ import weakref
 import torch
 from torch import Tensor
 
-# A larger tensor is given back to the system: it would be missing elsewhere more than its pages cost.
+# A larger tensor goes back to the system after its pass: it would be missing elsewhere more than its pages cost.
 KEEP_BYTES = 256 * 2**20
 
 
@@ -30,10 +30,12 @@ class Memory:
         size = num_rows * num_columns
         held = self._pieces.get(name)
         if held is None or held.numel() < size or held.dtype != like.dtype:
-            held = like.new_empty(size)
-            if held.nbytes <= KEEP_BYTES:
-                self._pieces[name] = held
+            held = self._pieces[name] = like.new_empty(size)
         return held[:size].view(num_rows, num_columns)
+
+    def drop_large(self) -> None:
+        """Forget the tensors above `KEEP_BYTES`."""
+        self._pieces = {name: held for name, held in self._pieces.items() if held.nbytes <= KEEP_BYTES}
 
 
 class Pool:
@@ -54,9 +56,10 @@ class Pool:
     def give_back(self, memory: Memory) -> None:
         """Let the next one have it; nothing may read what stands there any more."""
         if self._is_kept:
+            memory.drop_large()
             self._spare.append(memory)
 
     def give_back_after(self, holder: Tensor, memory: Memory) -> None:
         """The same, once nobody holds that tensor; a view of it does not count as holding it."""
         if self._is_kept:
-            weakref.finalize(holder, self._spare.append, memory).atexit = False
+            weakref.finalize(holder, self.give_back, memory).atexit = False

@@ -30,13 +30,16 @@ def test_a_piece_is_made_once_and_grows() -> None:
     assert mine.piece("a", 0, 4, LIKE).shape == (0, 4)
 
 
-def test_a_very_large_piece_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_large_piece_is_kept_within_a_pass_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "KEEP_BYTES", 64)
-    mine = Memory()
-    large = mine.piece("a", 4, 5, LIKE)
-    assert mine.piece("a", 4, 5, LIKE).data_ptr() != large.data_ptr()
-    small = mine.piece("a", 4, 4, LIKE)
-    assert mine.piece("a", 4, 4, LIKE).data_ptr() == small.data_ptr()
+    pool = Pool(torch.device("cpu"))
+    mine = pool.take()
+    large, small = mine.piece("large", 4, 5, LIKE), mine.piece("small", 4, 4, LIKE)
+    assert mine.piece("large", 4, 5, LIKE).data_ptr() == large.data_ptr(), "within a pass it is one and the same"
+    pool.give_back(mine)
+    assert pool.take() is mine
+    assert mine.piece("large", 4, 5, LIKE).data_ptr() != large.data_ptr()
+    assert mine.piece("small", 4, 4, LIKE).data_ptr() == small.data_ptr()
 
 
 def test_only_what_was_given_back_is_taken_again_and_on_a_cpu_alone() -> None:
